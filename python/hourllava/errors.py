@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors a user can act on. Each is one line: what went wrong, why, and what to do."""
+
+
+class HourLlavaError(Exception):
+    """Base of every error caused by input rather than by a bug.
+
+    Args:
+        what: the thing that failed, named as the user named it (a path, a recipe, a question).
+        why: the reason, in one clause.
+        todo: what the user can do about it, in one clause.
+
+    ``str()`` is always the single line ``what: why; todo``, whatever line breaks the parts held.
+    """
+
+    def __init__(self, what: object, why: str, todo: str) -> None:
+        super().__init__(what, why, todo)
+        self.what = str(what)
+        self.why = why
+        self.todo = todo
+
+    def __str__(self) -> str:
+        return " ".join(f"{self.what}: {self.why}; {self.todo}".split())
+
+
+class VideoError(HourLlavaError):
+    """A video cannot be read or written at all."""
+
+
+class MemoryFileError(HourLlavaError):
+    """A saved memory is damaged, incomplete or belongs to another model."""
+
+
+class ModelError(HourLlavaError):
+    """A model directory is missing, incomplete or not of this architecture."""
+
+
+class RecipeError(HourLlavaError):
+    """A training recipe does not exist or cannot be run."""
+
+
+class QuestionError(HourLlavaError):
+    """A question cannot be asked, because it is empty."""
