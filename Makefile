@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make demo` and `make test` need nothing but Python (with venv) and a C++ compiler; everything else goes into $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+
+TORCH := torch==2.13.0
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+# What the extension is built from: when one of these changes, the next target builds again.
+SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
+CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.DELETE_ON_ERROR:
+.PHONY: demo test setup lint bench clean
+
+demo: setup
+	@$(BIN)/python -m hourllava.demo
+
+test: setup
+	@$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m pytest benchmarks/ops -o python_files='*.py' --benchmark-only
+
+setup: $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) build dist python/*.egg-info *.egg-info hourllava_ext/*.so
+
+$(VENV)/.ready:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "hourllava: $(PYTHON) is missing or older than 3.10; install a newer one or name it: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "hourllava: $(PYTHON) has no venv module; install it (Debian and Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
+	@command -v "$${CXX:-c++}" >/dev/null || \
+		{ echo "hourllava: no C++ compiler found; install one (Debian and Ubuntu: apt-get install g++; macOS: xcode-select --install)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade pip
+	@touch $@
+
+# torch comes first and alone, and every later step is held to the version that is there: the extension is built against
+# it, and no dependency can bring a second one.
+$(VENV)/torch.txt: $(VENV)/.ready
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install $(TORCH)
+	$(BIN)/python -c 'import torch; print(f"torch=={torch.__version__}")' > $@
+
+$(VENV)/.installed: $(VENV)/torch.txt $(SOURCES)
+	$(PIP) install --constraint $< $(BUILD_TOOLS)
+	$(PIP) install --no-build-isolation --constraint $< --editable ".[dev]"
+	@touch $@
