@@ -48,9 +48,9 @@ $(VENV)/.ready:
 # it, and no dependency can bring a second one.
 $(VENV)/torch.txt: $(VENV)/.ready
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install $(TORCH)
-	$(BIN)/python -c 'import torch; print(f"torch=={torch.__version__}")' > $@
+	$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $@
 
 $(VENV)/.installed: $(VENV)/torch.txt $(SOURCES)
-	$(PIP) install --constraint $< $(BUILD_TOOLS)
+	$(PIP) install --constraint $< setuptools cmake ninja
 	$(PIP) install --no-build-isolation --constraint $< --editable ".[dev]"
 	@touch $@
