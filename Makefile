@@ -6,6 +6,8 @@ VENV ?= .venv
 TORCH := torch==2.13.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
+# pip builds the extension with the cmake and ninja that it has just installed.
+export PATH := $(abspath $(BIN)):$(PATH)
 # What the extension is built from: when one of these changes, the next target builds again.
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -26,7 +28,7 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/python -m pytest benchmarks/ops -o python_files='*.py' --benchmark-only
+	$(BIN)/python -m pytest benchmarks/ops/*.py --benchmark-only
 
 setup: $(VENV)/.installed
 
@@ -51,6 +53,6 @@ $(VENV)/torch.txt: $(VENV)/.ready
 	$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $@
 
 $(VENV)/.installed: $(VENV)/torch.txt $(SOURCES)
-	$(PIP) install --constraint $< setuptools cmake ninja
+	$(PIP) install --constraint $< 'setuptools>=77' wheel 'cmake>=3.24' ninja
 	$(PIP) install --no-build-isolation --constraint $< --editable ".[dev]"
 	@touch $@
