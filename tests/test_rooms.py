@@ -105,9 +105,10 @@ def test_one_switch_in_the_environment() -> None:
     for path in sources(".py", ".txt", ".toml", *CPP_SUFFIXES):
         if path == Path(__file__).resolve():
             continue
-        allowed = {"setup.py": "HOURLLAVA_EXT_CUDA"}.get(name(path), "FAIL_WITHOUT_CUDA" if "tests/" in name(path) else None)
+        allowed = "HOURLLAVA_EXT_CUDA" if name(path) == "setup.py" else "FAIL_WITHOUT_CUDA"
+        ours = name(path) == "setup.py" or name(path).startswith("tests/")
         lines = [line for line in path.read_text().splitlines() if reads.search(line)]
-        found += [f"{name(path)}: {line.strip()}" for line in lines if allowed is None or allowed not in line]
+        found += [f"{name(path)}: {line.strip()}" for line in lines if not ours or allowed not in line]
     assert found == []
 
 
@@ -153,7 +154,7 @@ def test_functions_take_few_parameters() -> None:
         given = [a.arg for a in node.args.posonlyargs + node.args.args + node.args.kwonlyargs]
         return len([a for a in given if a not in ("self", "cls")])
 
-    # A function whose name starts with an underscore may mirror the schema of a backward operator, which takes all it needs.
+    # Private functions may mirror the schema of a backward operator, which takes all it needs.
     public = [(where, count(node)) for where, node in python_functions() if not node.name.startswith("_")]
     assert [f"{where}: {n} parameters" for where, n in public if n > 10] == []
 
@@ -207,7 +208,7 @@ def test_kernel_library_stands_alone() -> None:
 
 
 def mentioned_paths(text: str) -> set[str]:
-    """Repository paths in a document: anything below a source folder, targets of relative links, and bare file names."""
+    """Repository paths in a document: what lies below a source folder, targets of relative links, bare file names."""
     below_folder = re.findall(rf"(?<![\w/.-])((?:{'|'.join(SOURCE_FOLDERS)}|\.ci)/[\w./<>-]*)", text)
     linked = [t for t in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in t]
     bare = re.findall(r"`([\w.-]+\.(?:py|toml|md|txt|yaml|cpp|h))`", text)
