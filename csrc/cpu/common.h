@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+// Shared by the CPU kernels: instruction-set tiers, and arithmetic on stored values.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+
+#include "kernels.h"
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
+// One source, several instruction sets: the loader picks the best clone the machine has. A clone is compiled for its
+// own target only if everything hot is inlined into it, so loops are ALWAYS_INLINE templates, and lambdas stay outside.
+#if defined(__x86_64__) && defined(__linux__)
+#define CPU_TIERS __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CPU_TIERS
+#endif
+
+#define FOR_EACH_DTYPE(X) X(float) X(double) X(bfloat16)
+
+// Defines the launcher `name(const Params<T>&)` for the three dtypes. `body<T>(params, first, last)` computes the tasks
+// [first, last) of `tasks` in all; each task owns its outputs, so the thread count cannot change a result. `work` is
+// the number of elements one task touches. Both are expressions of the parameters `p`.
+#define CPU_KERNEL(name, Params, body, tasks, work)                                                           \
+    CPU_TIERS void name##_range(const Params<float>& p, int64_t b, int64_t e) { body<float>(p, b, e); }       \
+    CPU_TIERS void name##_range(const Params<double>& p, int64_t b, int64_t e) { body<double>(p, b, e); }     \
+    CPU_TIERS void name##_range(const Params<bfloat16>& p, int64_t b, int64_t e) { body<bfloat16>(p, b, e); } \
+    template <class T>                                                                                        \
+    static void name##_launch(const Params<T>& p) {                                                           \
+        parallel_for(0, tasks, grain_of(work), [&p](int64_t b, int64_t e) { name##_range(p, b, e); });        \
+    }                                                                                                         \
+    void name(const Params<float>& p) { name##_launch(p); }                                                   \
+    void name(const Params<double>& p) { name##_launch(p); }                                                  \
+    void name(const Params<bfloat16>& p) { name##_launch(p); }
+
+namespace hourllava_ext {
+
+// Tasks a thread takes at a time: below some thousand elements, waking another thread costs more than it saves.
+inline int64_t grain_of(int64_t work) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, work)); }
+
+template <class T>
+ALWAYS_INLINE accumulate_t<T> load(T value) {
+    return value;
+}
+template <>
+ALWAYS_INLINE float load(bfloat16 value) {
+    return std::bit_cast<float>(static_cast<uint32_t>(value.bits) << 16);
+}
+
+template <class T>
+ALWAYS_INLINE T store(accumulate_t<T> value) {
+    return value;
+}
+// Round to nearest even; a NaN stays a NaN instead of being rounded up to infinity.
+template <>
+ALWAYS_INLINE bfloat16 store(float value) {
+    const uint32_t bits = std::bit_cast<uint32_t>(value);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const uint32_t quiet = (bits >> 16) | 0x40u;
+    return {static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded)};
+}
+
+}  // namespace hourllava_ext

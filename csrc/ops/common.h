@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0
+// Shared by the operators' contracts: argument checks with one-line messages, and dtype dispatch.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
+
+namespace hourllava_ext {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// check(ok, "rope: x must be ..., got ", 3): RuntimeError with the parts joined, when not ok.
+template <class... Parts>
+inline void check(bool ok, const Parts&... parts) {
+    if (ok) return;
+    std::ostringstream message;
+    (message << ... << parts);
+    throw std::runtime_error(message.str());
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+    std::ostringstream text;
+    text << "(";
+    for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
+    text << ")";
+    return text.str();
+}
+
+// `shape` names the dimensions for the reader: check_dim("rope", "x", x, 3, "(M, H, D)").
+inline void check_dim(const char* op, const char* name, const Tensor& tensor, int64_t dim, const char* shape) {
+    check(tensor.dim() == dim, op, ": ", name, " must be ", shape, ", got shape ", shape_of(tensor));
+}
+
+inline void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType dtype, const char* label) {
+    check(tensor.scalar_type() == dtype, op, ": ", name, " must be ", label, "; convert it with .to(torch.", label,
+          ")");
+}
+inline void check_int64(const char* op, const char* name, const Tensor& tensor) {
+    check_dtype(op, name, tensor, ScalarType::Long, "int64");
+}
+inline void check_int32(const char* op, const char* name, const Tensor& tensor) {
+    check_dtype(op, name, tensor, ScalarType::Int, "int32");
+}
+inline void check_float32(const char* op, const char* name, const Tensor& tensor) {
+    check_dtype(op, name, tensor, ScalarType::Float, "float32");
+}
+inline void check_same_dtype(const char* op, const char* name, const Tensor& tensor, const char* other_name,
+                             const Tensor& other) {
+    check(tensor.scalar_type() == other.scalar_type(), op, ": ", name, " must have the dtype of ", other_name);
+}
+
+// float32 for float32 and bfloat16, float64 for float64: the dtype of sums and log-sum-exps.
+inline ScalarType accumulate_dtype(const Tensor& tensor) {
+    return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+template <class T>
+const T* data(const Tensor& tensor) {
+    return static_cast<const T*>(tensor.const_data_ptr());
+}
+template <class T>
+T* mutable_data(const Tensor& tensor) {
+    return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+inline Tensor dense(const Tensor& tensor) {
+    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline Tensor allocate(const Tensor& tensor, const std::vector<int64_t>& shape) {
+    return torch::stable::new_empty(tensor, shape);
+}
+inline Tensor allocate(const Tensor& tensor, const std::vector<int64_t>& shape, ScalarType dtype) {
+    return torch::stable::new_empty(tensor, shape, dtype);
+}
+
+// Calls body(T{}) with the C++ type of the tensor's dtype.
+template <class Body>
+void dispatch_dtype(const char* op, const char* name, const Tensor& tensor, const Body& body) {
+    switch (tensor.scalar_type()) {
+        case ScalarType::Float:
+            return body(float{});
+        case ScalarType::Double:
+            return body(double{});
+        case ScalarType::BFloat16:
+            return body(bfloat16{});
+        default:
+            check(false, op, ": ", name, " must be float32, bfloat16 or float64; convert it with .to()");
+    }
+}
+
+}  // namespace hourllava_ext

@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+// parallel_for over torch's threads, so that torch.set_num_threads is the one setting.
+#include <torch/csrc/stable/ops.h>
+
+#include "kernels.h"
+
+namespace hourllava_ext {
+
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
+    if (begin < end) torch::stable::parallel_for(begin, end, grain, body);
+}
+
+}  // namespace hourllava_ext

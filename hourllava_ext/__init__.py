@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operators on the memory of a video: pooled, scored, forgotten, rotated, paged, retrieved, attended and merged."""
+
+from hourllava_ext import library as library  # Loads the compiled operators, which the modules below register on.
+from hourllava_ext.ops import rope
+
+__all__ = ["rope"]

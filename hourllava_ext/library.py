@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads the compiled operators, once, and says how they were built."""
+
+import ctypes
+from pathlib import Path
+
+import torch
+
+LIBRARY = Path(__file__).parent / "_C.abi3.so"
+
+if not LIBRARY.exists():
+    raise ImportError(
+        f"hourllava_ext: {LIBRARY} is missing, the operators have not been compiled; "
+        "run `pip install -e . --no-build-isolation` in the repository"
+    )
+torch.ops.load_library(LIBRARY)
+
+
+def build_info() -> dict[str, str | bool]:
+    """How the loaded operators were built: what `hourllava doctor` prints.
+
+    Returns:
+        ``library`` (path), ``torch`` (installed version), ``torch_abi`` (oldest torch the binary serves), ``cpu_tier``
+        ("avx512", "avx2" or "portable": the instruction set picked when the library was loaded) and ``cuda`` (whether
+        CUDA kernels are in the binary).
+    """
+    binary = ctypes.CDLL(str(LIBRARY))
+    binary.hourllava_ext_cpu_tier.restype = ctypes.c_char_p
+    binary.hourllava_ext_torch_target.restype = ctypes.c_uint64
+    binary.hourllava_ext_cuda_built.restype = ctypes.c_bool
+    target = binary.hourllava_ext_torch_target()
+    return {
+        "library": str(LIBRARY),
+        "torch": torch.__version__,
+        # One byte each for major and minor, at the top.
+        "torch_abi": f"{target >> 56}.{target >> 48 & 0xFF}",
+        "cpu_tier": binary.hourllava_ext_cpu_tier().decode(),
+        "cuda": binary.hourllava_ext_cuda_built(),
+    }

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from tools import DTYPES, assert_compiles, assert_matches_reference, assert_repeatable, raises
+from torch import Tensor
+
+from hourllava_ext import reference, rope
+
+SHAPES = [(1, 1, 2, 1), (7, 3, 10, 2), (63, 2, 128, 32), (5, 2, 6, 0), (0, 2, 8, 2), (4, 0, 8, 2)]
+
+
+def make(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, heads, width, frequencies = shape
+    x = torch.randn(tokens, heads, width, dtype=dtype, requires_grad=True)
+    # 5.6 million: the last position of a 24 hour memory.
+    position_ids = torch.randint(0, 5_600_000, (tokens,))
+    inv_freq = 10000.0 ** -(torch.arange(frequencies) / max(frequencies, 1))
+    return x, position_ids, inv_freq
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_reference(shape: tuple[int, int, int, int], dtype: torch.dtype, inverse: bool) -> None:
+    assert_matches_reference(rope, reference.rope, *make(shape, dtype), inverse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strided_input(dtype: torch.dtype) -> None:
+    _, position_ids, inv_freq = make((9, 2, 8, 2), dtype)
+    heads_of_a_projection = torch.randn(9, 3, 2, 8, dtype=dtype)[:, 1]
+    last_dim_apart = torch.randn(9, 8, 2, dtype=dtype).transpose(1, 2)
+    for x in (heads_of_a_projection, last_dim_apart):
+        torch.testing.assert_close(
+            rope(x, position_ids, inv_freq), rope(x.contiguous(), position_ids, inv_freq), rtol=0, atol=0
+        )
+
+
+def test_inverse_returns() -> None:
+    x, position_ids, inv_freq = make((63, 2, 16, 4), torch.float64)
+    there = rope(x, position_ids, inv_freq)
+    torch.testing.assert_close(rope(there, position_ids, inv_freq, inverse=True), x, rtol=1e-12, atol=1e-12)
+
+
+def test_gradcheck() -> None:
+    args = make((5, 2, 10, 3), torch.float64)
+    assert torch.autograd.gradcheck(rope, args)
+    assert torch.autograd.gradgradcheck(rope, args)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_opcheck(inverse: bool) -> None:
+    torch.library.opcheck(torch.ops.hourllava_ext.rope.default, (*make((7, 2, 10, 3), torch.float32), inverse))
+
+
+def test_compile() -> None:
+    assert_compiles(rope, *make((7, 2, 10, 3), torch.float32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_repeatable(dtype: torch.dtype) -> None:
+    assert_repeatable(rope, *make((1000, 2, 64, 16), dtype))
+
+
+def test_bad_arguments() -> None:
+    x, position_ids, inv_freq = make((7, 2, 10, 3), torch.float32)
+    with raises(r"x must be \(M, H, D\), got shape \(7, 2\)"):
+        rope(x[..., 0], position_ids, inv_freq)
+    with raises(r"position_ids must be \(M,\)"):
+        rope(x, position_ids[None], inv_freq)
+    with raises(r"inv_freq must be \(F,\)"):
+        rope(x, position_ids, inv_freq[None])
+    with raises("position_ids must be int64"):
+        rope(x, position_ids.int(), inv_freq)
+    with raises("inv_freq must be float32"):
+        rope(x, position_ids, inv_freq.double())
+    with raises("one entry per token, got 6 for 7"):
+        rope(x, position_ids[1:], inv_freq)
+    with raises("rotates 2 . 6 dims, but a head of x has 10"):
+        rope(x, position_ids, torch.ones(6))
+    with raises("x must be float32, bfloat16 or float64"):
+        rope(x.half(), position_ids, inv_freq)
