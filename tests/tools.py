@@ -4,7 +4,6 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -94,14 +93,9 @@ def assert_repeatable(function: Callable[..., Any], *args: Any) -> None:
             torch.testing.assert_close(other, first, rtol=0, atol=0, equal_nan=True)
 
 
-def assert_compiles(function: Callable[..., Any], *args: Any) -> None:
-    """``torch.compile(fullgraph=True)`` gives the eager results; without inductor, whose compiles are slow."""
+def assert_compiles_fullgraph(function: Callable[..., Any], *args: Any) -> None:
+    """One graph, no breaks, and the eager results; without inductor, whose compiles are slow."""
     torch.compiler.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for eager, traced in zip(run(function, args), run(compiled, args), strict=True):
         torch.testing.assert_close(traced, eager, rtol=0, atol=0, equal_nan=True)
-
-
-def raises(message: str) -> Any:
-    """``pytest.raises`` for the operators' argument errors; ``message`` is a regular expression."""
-    return pytest.raises(RuntimeError, match=message)
