@@ -50,9 +50,7 @@ def write_video(
     return count
 
 
-def _encode(
-    partial: Path, path: Path, frames: Iterable[np.ndarray], fps: Fraction, shape: tuple[int, int]
-) -> int:
+def _encode(partial: Path, path: Path, frames: Iterable[np.ndarray], fps: Fraction, shape: tuple[int, int]) -> int:
     """Encode into ``partial``; ``path`` is the name that errors show."""
     count = 0
     with av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as container:

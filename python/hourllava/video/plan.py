@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Open a video file, and choose from its timestamps the picture that is on screen at each second."""
+
+import os
+import stat
+from array import array
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.packet import Packet
+from av.video.stream import VideoStream
+
+from hourllava.errors import VideoError
+
+MAX_DEMUX_ERRORS = 100  # a container that fails this often in a row has nothing more to give
+CUT_TOLERANCE = 1.0  # seconds by which headers of intact files may exceed their packets
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The picture for each second, in ticks of the stream's time base."""
+
+    targets: np.ndarray  # (n,) int64: start + k seconds, rounded down to a tick
+    chosen: np.ndarray  # (n,) int64: timestamp of the picture on screen then
+    seconds: float  # what the packets in the file cover
+    seconds_expected: float  # what the header promises, or `seconds` where it promises no more
+
+
+def open_container(path: str | os.PathLike[str]) -> tuple[InputContainer, VideoStream]:
+    """Open a local file and find its video stream; cover art does not count as video.
+
+    Raises:
+        VideoError: the path is no readable file, no video, or holds sound only.
+    """
+    path = Path(path)
+    _check_file(path)
+    try:
+        # The prefix keeps a colon in a name from being taken for a protocol; the whitelist keeps playlists off the net.
+        container = av.open(f"file:{path}", metadata_errors="replace", options={"protocol_whitelist": "file"})
+    except (av.FFmpegError, ValueError) as error:
+        raise VideoError(path, *_why_not_video(path)) from error
+    for stream in container.streams.video:
+        if av.stream.Disposition.attached_pic not in stream.disposition and stream.codec_context is not None:
+            # One thread reports an error at the packet that holds it; frame threads report it pictures later.
+            stream.thread_type = "NONE"
+            return container, stream
+    kinds = sorted({stream.type for stream in container.streams}) or ["no streams"]
+    container.close()
+    raise VideoError(path, f"holds no video, only {', '.join(kinds)}", "give a file with a video track")
+
+
+def _check_file(path: Path) -> None:
+    try:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise VideoError(path, "is a directory, not a video file", "name one file inside it")
+        if not stat.S_ISREG(status.st_mode):
+            raise VideoError(path, "is not a regular file", "save the video to a file first; it is read twice")
+        if status.st_size == 0:
+            raise VideoError(path, "is empty (0 bytes)", "download or record it again")
+        path.open("rb").close()
+    except FileNotFoundError as error:
+        raise VideoError(path, "there is no such file", "check the path") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise VideoError(path, f"cannot be opened ({reason})", "check the path and its permissions") from error
+
+
+def _why_not_video(path: Path) -> tuple[str, str]:
+    with path.open("rb") as file:
+        head = file.read(12)
+    if head[4:8] == b"ftyp":  # an ISO media file, so only its index can be what is missing
+        return "its index (moov) is missing or damaged, as in an unfinished download or recording", "get it again"
+    return "is not a video that FFmpeg can read", "check that it plays, or convert it to MP4"
+
+
+def demux(container: InputContainer, stream: VideoStream, every: bool = False):
+    """Yield the packets of ``stream`` (of all streams if ``every``), going on after damage in the container."""
+    failures = 0
+    while failures < MAX_DEMUX_ERRORS:
+        try:
+            for packet in container.demux() if every else container.demux(stream):
+                failures = 0
+                yield packet
+            return
+        except av.FFmpegError:
+            failures += 1
+
+
+def packet_time(packet: Packet) -> int | None:
+    """Presentation time in ticks; containers without one (old AVI) give the decoding time instead."""
+    return packet.dts if packet.pts is None else packet.pts
+
+
+def is_shown(packet: Packet) -> bool:
+    """False for the flush packet, for pictures without a time, and for what an edit list cuts off (time below 0)."""
+    time = packet_time(packet)
+    return packet.size > 0 and time is not None and time >= 0 and not packet.is_discard
+
+
+def make_plan(path: str | os.PathLike[str]) -> Plan:
+    """Read every packet header once, decode nothing, and choose the last picture at or before each second.
+
+    Memory: 8 bytes a picture.
+
+    Raises:
+        VideoError: as :func:`open_container`, or no packet has a timestamp.
+    """
+    container, stream = open_container(path)
+    with container:
+        tick = stream.time_base
+        times, end, last_of_any = array("q"), 0, Fraction(0)
+        for packet in demux(container, stream, every=True):
+            if not is_shown(packet):
+                continue
+            stop = packet_time(packet) + (packet.duration or 1)
+            last_of_any = max(last_of_any, stop * packet.time_base)
+            if packet.stream_index == stream.index:
+                times.append(packet_time(packet))
+                end = max(end, stop)
+        if not times:
+            raise VideoError(path, "no picture in it has a timestamp", "convert it to MP4 (ffmpeg -i IN OUT.mp4)")
+        order = np.sort(np.frombuffer(times, dtype=np.int64))
+        start = int(order[0])
+        seconds = (end - start) * tick
+        missing = _cut_off(container, stream, seconds, last_of_any)
+    count = max(1, -(-seconds.numerator // seconds.denominator))
+    targets = start + np.arange(count, dtype=np.int64) * tick.denominator // tick.numerator
+    chosen = order[np.searchsorted(order, targets, side="right") - 1]
+    return Plan(targets, chosen, float(seconds), float(seconds) + missing)
+
+
+def _cut_off(container: InputContainer, stream: VideoStream, seconds: Fraction, last_of_any: Fraction) -> float:
+    """Seconds that the header promises beyond the packets that are there (0 if none)."""
+    if stream.duration is not None:
+        missing = float(stream.duration * stream.time_base - seconds)
+    elif container.duration is not None:  # length of the longest stream, from time 0 or from the first packet
+        missing = container.duration / av.time_base - float(last_of_any)
+    else:
+        return 0.0
+    return missing if missing > CUT_TOLERANCE else 0.0
