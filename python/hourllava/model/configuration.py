@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration of Hour-LLaVA: a Qwen2 decoder, a SigLIP tower, and how a video is remembered and forgotten."""
+
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig, Qwen2Config, SiglipVisionConfig
+from transformers.configuration_utils import SubConfigSpec
+
+# What the original puts into `input_ids` where visual tokens go (SPEC A.3).
+ORIGINAL_IMAGE_TOKEN = -200
+
+
+class HourLlavaConfig(PreTrainedConfig):
+    """Configuration of `HourLlavaForConditionalGeneration`.
+
+    Args:
+        text_config: the decoder; MemAug copies its width, heads and rotary base.
+        vision_config: the tower, with as many layers as are run (26 for so400m), or None when features are given.
+        vision_width: channels of the tower's output; taken from `vision_config` when there is one.
+        memaug_depth: number of MemAug blocks.
+        video_grid: a frame becomes video_grid x video_grid tokens.
+        min_frames: shorter videos are remembered as this many frames, with repeats.
+        max_kept_frames, temporal_ratio: of T frames, max(1, min(max_kept_frames, T // temporal_ratio)) become queries.
+        spatial_ratio: share of a kept frame's tokens that become queries.
+        spatial_forgetting: "uniform" (a regular grid) or "random" (seeded by `forgetting_seed` and the frame's number).
+        image_token_id: id of the token that the visual tokens replace; the original's -200 is always understood too.
+        time_instruction: whether prompts tell the video's length (SPEC C.7).
+    """
+
+    model_type = "hour_llava"
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {
+        "text_config": SubConfigSpec(config_class=Qwen2Config),
+        "vision_config": SubConfigSpec(config_class=SiglipVisionConfig, optional=True),
+    }
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    vision_width: int | None = None
+    memaug_depth: int = 4
+    video_grid: int = 8
+    min_frames: int = 128
+    max_kept_frames: int = 512
+    temporal_ratio: int = 4
+    spatial_ratio: float = 0.25
+    spatial_forgetting: str = "uniform"
+    forgetting_seed: int = 0
+    image_token_id: int = ORIGINAL_IMAGE_TOKEN
+    time_instruction: bool = False
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.vision_config is not None:
+            # The tower's pooling head is never used; asking for none keeps it out of memory and of checkpoints.
+            self.vision_config.vision_use_head = False
+            self.vision_width = self.vision_config.hidden_size
+        self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        if self.vision_width is None:
+            self.vision_width = SiglipVisionConfig().hidden_size
+        if self.spatial_forgetting not in ("uniform", "random"):
+            raise ValueError(f"spatial_forgetting is {self.spatial_forgetting!r}, but must be 'uniform' or 'random'")
+
+    @classmethod
+    def from_original(cls, flat: dict[str, Any]) -> "HourLlavaConfig":
+        """Convert the original's flat config.json (SPEC A.7), which keeps the decoder's fields at the top level."""
+        decoder = {name: flat[name] for name in _DECODER_FIELDS if name in flat}
+        return cls(
+            text_config={**decoder, "rope_parameters": {"rope_type": "default", "rope_theta": flat["rope_theta"]}},
+            vision_width=flat["mm_hidden_size"],
+            memaug_depth=flat["memaug_depth"],
+            video_grid=flat.get("video_grid", 8),
+            spatial_forgetting=flat.get("spatial_sampling_type", "random"),
+        )
+
+
+_DECODER_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+    "rms_norm_eps",
+)
+
+
+def tiny_config(vocab_size: int = 512, **changes: Any) -> HourLlavaConfig:
+    """A model of about half a million parameters that still makes 64 tokens of every frame; `changes` override fields."""
+    decoder = Qwen2Config(
+        vocab_size=vocab_size,
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
+    tower = SiglipVisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=64,
+        patch_size=8,
+    )
+    fields = {"memaug_depth": 2, "min_frames": 1, "max_kept_frames": 32, **changes}
+    return HourLlavaConfig(text_config=decoder, vision_config=tower, **fields)

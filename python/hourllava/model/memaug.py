@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MemAug: the kept tokens of a video and the question's text look at each other, then at the whole memory (SPEC A.5)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedConfig
+
+from hourllava.memory.pages import PAGE_SIZE, MemoryPages, PageLayout
+from hourllava_ext import reference as ext
+
+from .stream import QueryStream
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """How a forward pass reads the memory; the defaults are the paper's model."""
+
+    use_memory: bool = True  # False drops the cross-attention term, keeping everything else
+    budget_pages: int | None = None  # pages each block may read, chosen by `retrieve`; None reads all
+    keep_pages: Tensor | None = None  # (P,) bool: pages that retrieval always takes
+    mass_weight: Tensor | None = None  # (M,) weight of each query row in the returned attention mass
+
+
+def rotary_frequencies(config: PreTrainedConfig, device: torch.device) -> Tensor:
+    """float32 (head_dim / 4,): only the first half of a MemAug head is rotated, with the decoder's base."""
+    rotated = config.hidden_size // config.num_attention_heads // 2
+    exponent = torch.arange(0, rotated, 2, dtype=torch.float32, device=device) / rotated
+    return 1.0 / config.rope_parameters["rope_theta"] ** exponent
+
+
+class SelfAttention(nn.Module):
+    """Non-causal attention among the queries of one sample, rotated at their own positions."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.hidden_size // self.heads
+        self.Wqkv = nn.Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim)
+        self.Wo = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, stream: QueryStream, inv_freq: Tensor) -> Tensor:
+        """Packed rows x (M, C) to (M, C)."""
+        heads = self.Wqkv(x).view(len(x), -1, self.head_dim)
+        turned, value = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
+        turned = ext.rope(turned, stream.position_ids, inv_freq)
+        query, key = turned.split([self.heads, self.kv_heads], dim=1)
+        out = _attend_within_samples(query, key, value, stream)
+        return self.Wo(out.flatten(1))
+
+
+class CrossAttention(nn.Module):
+    """Attention of the queries to the pages of their sample's memory."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        self.kv_heads = config.num_key_value_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.Wq = nn.Linear(config.hidden_size, config.hidden_size)
+        self.Wkv = nn.Linear(config.hidden_size, 2 * self.kv_heads * self.head_dim)
+        self.Wo = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Unrotated keys and values (rows, Hkv, D) of memory tokens (rows, C)."""
+        key, value = self.Wkv(tokens).view(len(tokens), 2, self.kv_heads, self.head_dim).unbind(1)
+        return key, value
+
+    def write(self, tokens: Tensor, layout: PageLayout, inv_freq: Tensor) -> MemoryPages:
+        """Pages of memory tokens (rows, C) that lie as `layout` says; differentiable."""
+        key, value = self.keys_values(tokens)
+        written = ext.page_write(key, value, layout.position_ids, layout.slots, inv_freq, layout.num_pages, PAGE_SIZE)
+        return MemoryPages(*written, page_table=layout.page_table)
+
+    def forward(
+        self, x: Tensor, stream: QueryStream, inv_freq: Tensor, pages: MemoryPages, use: MemoryUse
+    ) -> tuple[Tensor, Tensor | None]:
+        """Packed rows x (M, C) to (M, C), and each page's share of the weighted rows' attention (P,) if asked for."""
+        query = self.Wq(x).view(len(x), -1, self.head_dim)
+        where = (stream.position_ids, stream.cu_seqlens, inv_freq)
+        table = pages.page_table
+        if use.budget_pages is not None:
+            table = ext.retrieve(
+                query, *where, pages.key_summary, table, pages.page_lengths, use.budget_pages, use.keep_pages
+            )
+        out, _, *mass = ext.paged_attention(
+            query, pages.key_pages, pages.value_pages, table, pages.page_lengths, *where, mass_weight=use.mass_weight
+        )
+        page_mass = None
+        if mass:
+            listed = table >= 0
+            page_mass = mass[0].new_zeros(len(pages.page_lengths))
+            page_mass = page_mass.index_add(0, table[listed].to(torch.int64), mass[0][listed])
+        return self.Wo(out.flatten(1)), page_mass
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention and MLP, each followed by the norm of its residual sum."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.self_attn = SelfAttention(config)
+        self.cross_attn = CrossAttention(config)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+
+    def forward(
+        self, x: Tensor, stream: QueryStream, inv_freq: Tensor, pages: MemoryPages | None, use: MemoryUse
+    ) -> tuple[Tensor, Tensor | None]:
+        page_mass = None
+        x = self.norm1(x + self.self_attn(x, stream, inv_freq))
+        if pages is not None:
+            attended, page_mass = self.cross_attn(x, stream, inv_freq, pages, use)
+            x = x + attended
+        x = self.norm2(x)
+        return self.norm3(x + self.mlp(x)), page_mass
+
+
+class MemAug(nn.Module):
+    """The stack of blocks; every block reads the same tokens through its own keys and values."""
+
+    def __init__(self, config: PreTrainedConfig, depth: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(Block(config) for _ in range(depth))
+
+    def write(self, tokens: Tensor, layout: PageLayout) -> list[MemoryPages]:
+        """Every block's pages of memory tokens (rows, C)."""
+        inv_freq = rotary_frequencies(self.config, tokens.device)
+        return [block.cross_attn.write(tokens, layout, inv_freq) for block in self.layers]
+
+    def forward(
+        self, x: Tensor, stream: QueryStream, pages: list[MemoryPages], use: MemoryUse = MemoryUse()
+    ) -> tuple[Tensor, Tensor | None]:
+        """Augment packed queries.
+
+        Args:
+            x: (M, C) queries of all samples end to end.
+            stream: their positions and bounds.
+            pages: one entry a block.
+            use: how to read them.
+
+        Returns:
+            (M, C), and with `use.mass_weight` the share of attention that each page of the pool received, averaged
+            over heads, weighted rows and blocks: (P,).
+        """
+        inv_freq = rotary_frequencies(self.config, x.device)
+        masses = []
+        for index, block in enumerate(self.layers):
+            x, page_mass = block(x, stream, inv_freq, pages[index] if use.use_memory else None, use)
+            masses.append(page_mass)
+        return x, None if masses[0] is None else torch.stack(masses).mean(0)
+
+
+def _attend_within_samples(query: Tensor, key: Tensor, value: Tensor, stream: QueryStream) -> Tensor:
+    """Attention of packed rows (M, H, D) within each sample; rows are padded only here, and only if lengths differ."""
+    lengths = stream.lengths
+    batch, longest = len(lengths), max(lengths)
+    mask = place = None
+    if batch * longest != len(query):
+        start = stream.cu_seqlens[:-1].to(torch.int64)
+        length = torch.diff(stream.cu_seqlens).to(torch.int64)
+        sample = torch.arange(batch, device=query.device).repeat_interleave(length, output_size=len(query))
+        place = sample * longest + torch.arange(len(query), device=query.device) - start[sample]
+        mask = (torch.arange(longest, device=query.device) < length[:, None])[:, None, None]
+
+    def to_batch(x: Tensor) -> Tensor:
+        if place is not None:
+            x = x.new_zeros(batch * longest, *x.shape[1:]).index_copy(0, place, x)
+        return x.view(batch, longest, *x.shape[1:]).transpose(1, 2)
+
+    grouped = query.shape[1] != key.shape[1]
+    out = F.scaled_dot_product_attention(*map(to_batch, (query, key, value)), attn_mask=mask, enable_gqa=grouped)
+    out = out.transpose(1, 2).flatten(0, 1)
+    return out if place is None else out[place]

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ChatML prompts and training examples about one video, and which of their tokens are queries or targets (SPEC C.7)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+IMAGE = "<image>"
+SYSTEM_MESSAGE = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+ASSISTANT_HEADER = "<|im_start|>assistant\n"
+# Tokens that are targets and never queries, whoever's turn they stand in.
+TEMPLATE_TOKENS = ("\n", "<|im_start|>", "<|im_end|>")
+
+
+def time_instruction(seconds: float, frames: int) -> str:
+    """The sentence that tells the model a video's length, as it was worded in training."""
+    return (
+        f"The video lasts for {seconds:.2f} seconds, and {frames} frames are uniformly sampled from it. "
+        "Please answer the following questions related to this video."
+    )
+
+
+def build_prompt(
+    tokenizer: PreTrainedTokenizerBase, question: str, instruction: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """A question about a video, up to where the answer starts.
+
+    Returns:
+        ids (L,) int64 with one `<image>` token, and the query mask (L,) bool: tokens that join MemAug's queries, the
+        same ones as in training, where template tokens and the assistant's turn never do.
+    """
+    asked, is_query = _encode(tokenizer, SYSTEM_MESSAGE + _user_message(question, True, instruction))
+    header, _ = _encode(tokenizer, ASSISTANT_HEADER)
+    return torch.tensor(asked + header), torch.tensor(is_query + [False] * len(header))
+
+
+def build_example(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]], instruction: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """A conversation about one video for training.
+
+    Args:
+        turns: questions with their answers, in order.
+        instruction: put before the first question.
+
+    Returns:
+        ids (L,) int64 with one `<image>` token, and labels (L,) int64: the assistant's turns and every template token
+        are targets; everything else is -100, and its text is what joins MemAug's queries.
+    """
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE)
+    ids: list[int] = []
+    labels: list[int] = []
+    for number, (question, answer) in enumerate(turns):
+        first = number == 0
+        asked, is_query = _encode(tokenizer, SYSTEM_MESSAGE * first + _user_message(question, first, instruction))
+        reply, _ = _encode(tokenizer, f"{ASSISTANT_HEADER}{answer}<|im_end|>\n")
+        hidden = [query or token == image_id for token, query in zip(asked, is_query, strict=True)]
+        ids += asked + reply
+        labels += [-100 if hide else token for token, hide in zip(asked, hidden, strict=True)] + reply
+    return torch.tensor(ids), torch.tensor(labels)
+
+
+def _user_message(question: str, first: bool, instruction: str | None) -> str:
+    lines = [IMAGE, instruction, question] if first else [question]
+    content = "\n".join(line for line in lines if line is not None)
+    return f"<|im_start|>user\n{content}<|im_end|>\n"
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[bool]]:
+    """Ids of `text`, and which of them are neither template tokens nor the image."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    template = {tokenizer.encode(token, add_special_tokens=False)[0] for token in (*TEMPLATE_TOKENS, IMAGE)}
+    return ids, [token not in template for token in ids]

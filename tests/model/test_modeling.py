@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model as a transformers model: batches, files, generation, and the switches that evaluation uses."""
+
+import pytest
+import torch
+from hourllava.errors import ModelError
+from hourllava.model import HourLlavaConfig, HourLlavaForConditionalGeneration, tiny_config
+from safetensors import safe_open
+
+IMAGE = 3
+
+
+def make_model(**changes):
+    torch.manual_seed(0)
+    return HourLlavaForConditionalGeneration(tiny_config(vocab_size=64, image_token_id=IMAGE, **changes)).eval()
+
+
+@pytest.fixture
+def model():
+    return make_model()
+
+
+def make_sample(seed, frames, before=5, after=7):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(4, 64, (before + 1 + after,), generator=generator)
+    ids[before] = IMAGE
+    labels = torch.full_like(ids, -100)
+    labels[-3:] = ids[-3:]
+    return ids, labels, torch.randn(frames, 64, 64, generator=generator)
+
+
+def pad(rows, fill):
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+
+
+@pytest.mark.parametrize("changes", [{}, {"min_frames": 12}, {"spatial_forgetting": "random"}])
+def test_batch_equals_single_samples(changes):
+    model = make_model(**changes)
+    samples = [make_sample(1, 9), make_sample(2, 30, after=4), make_sample(3, 1, before=2), make_sample(4, 30)]
+    ids, labels, features = zip(*samples, strict=True)
+    mask = pad([torch.ones_like(row) for row in ids], 0)
+    batch = model(pad(ids, 0), attention_mask=mask, labels=pad(labels, -100), video_features=list(features))
+    losses = []
+    for number, (row, label, feature) in enumerate(samples):
+        single = model(row[None], labels=label[None], video_features=[feature])
+        length = single.logits.shape[1]
+        torch.testing.assert_close(batch.logits[number, :length], single.logits[0], rtol=1e-4, atol=1e-5)
+        losses.append(single.loss)
+    # Every sample has three targets, so the batch's mean is the mean of means.
+    torch.testing.assert_close(batch.loss, torch.stack(losses).mean())
+
+
+def test_pixels_go_through_the_tower(model):
+    ids, labels, _ = make_sample(1, 1)
+    frames = torch.randint(0, 256, (6, 3, 64, 64), dtype=torch.uint8)
+    features = model.model.vision_tower(frames)
+    assert features.shape == (6, 64, 64)
+    from_pixels = model(ids[None], labels=labels[None], pixel_values_videos=[frames])
+    from_features = model(ids[None], labels=labels[None], video_features=[features])
+    assert torch.equal(from_pixels.logits, from_features.logits)
+    normalised = (frames / 255 - 0.5) / 0.5
+    torch.testing.assert_close(model.model.vision_tower(normalised), features, rtol=1e-4, atol=1e-4)
+
+
+def test_tower_output_is_the_state_before_the_last_norm(model):
+    frames = torch.randn(2, 3, 64, 64)
+    tower = model.model.vision_tower.vision_tower.vision_model
+    hidden = tower(pixel_values=frames, output_hidden_states=True)
+    torch.testing.assert_close(tower.post_layernorm(model.model.vision_tower(frames)), hidden.last_hidden_state)
+
+
+def test_training_reaches_every_part():
+    model = make_model().train()
+    ids, labels, _ = make_sample(1, 1)
+    model(ids[None], labels=labels[None], pixel_values_videos=[torch.rand(6, 3, 64, 64)]).loss.backward()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert without == [
+        "model.vision_tower.vision_tower.vision_model.post_layernorm.weight",
+        "model.vision_tower.vision_tower.vision_model.post_layernorm.bias",
+    ]
+
+
+def test_switches_change_what_reaches_the_decoder(model):
+    ids, _, feature = make_sample(1, 40)
+    arguments = {"input_ids": ids[None], "video_features": [feature]}
+    full, bypassed, forgotten = (
+        model(**arguments, **switch).logits for switch in ({}, {"memaug": False}, {"use_memory": False})
+    )
+    assert full.shape == bypassed.shape == forgotten.shape
+    assert not torch.allclose(full, bypassed, atol=1e-4)
+    assert not torch.allclose(full, forgotten, atol=1e-4)
+    # A frame that forgetting drops is seen with the memory only.
+    changed = feature.clone()
+    changed[1] += 1
+    arguments["video_features"] = [changed]
+    assert not torch.equal(model(**arguments).logits, full)
+    assert torch.equal(model(**arguments, memaug=False).logits, bypassed)
+    assert torch.equal(model(**arguments, use_memory=False).logits, forgotten)
+
+
+def test_query_mask_defaults_to_the_labels(model):
+    ids, labels, feature = make_sample(1, 8)
+    arguments = {"input_ids": ids[None], "video_features": [feature]}
+    by_labels = model(**arguments, labels=labels[None]).logits
+    assert torch.equal(model(**arguments, query_mask=labels[None] == -100).logits, by_labels)
+    assert not torch.equal(model(**arguments).logits, by_labels)
+
+
+def test_original_image_token_is_understood(model):
+    ids, _, feature = make_sample(1, 8)
+    theirs = ids.masked_fill(ids == IMAGE, -200)
+    assert torch.equal(
+        model(theirs[None], video_features=[feature]).logits, model(ids[None], video_features=[feature]).logits
+    )
+
+
+def test_save_and_load_round_trip(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(model.state_dict()) - {"lm_head.weight"}
+    again = HourLlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert again.config.to_dict() | {"dtype": None, "_name_or_path": None} == again.config.to_dict() | {
+        "dtype": None,
+        "_name_or_path": None,
+    }
+    ids, _, _ = make_sample(1, 1)
+    arguments = {"input_ids": ids[None], "pixel_values_videos": [torch.rand(5, 3, 64, 64)]}
+    assert torch.equal(again(**arguments).logits, model(**arguments).logits)
+
+
+def test_keys_are_the_originals(model):
+    keys = set(model.state_dict())
+    assert {
+        "model.image_newline",
+        "model.mm_projector.2.bias",
+        "model.vision_resampler.layers.1.self_attn.Wqkv.weight",
+        "model.vision_resampler.layers.0.cross_attn.Wkv.bias",
+        "model.vision_resampler.layers.0.mlp.2.weight",
+        "model.vision_resampler.layers.0.norm3.weight",
+        "model.vision_tower.vision_tower.vision_model.embeddings.patch_embedding.bias",
+        "model.vision_tower.vision_tower.vision_model.encoder.layers.1.self_attn.out_proj.weight",
+        "model.vision_tower.vision_tower.vision_model.post_layernorm.weight",
+    } <= keys
+    assert not any("head" in key for key in keys if key.startswith("model."))
+
+
+def test_initial_weights():
+    model = make_model()
+    assert 0.05 < float(model.model.image_newline.detach().std()) < 0.2
+    block = model.model.vision_resampler.layers[0]
+    assert float(block.cross_attn.Wq.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
+    assert not block.cross_attn.Wq.bias.any()
+
+
+def test_original_config_is_flat():
+    flat = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "rope_theta": 5e5}
+    flat |= {"num_attention_heads": 2, "num_key_value_heads": 1, "mm_hidden_size": 24, "memaug_depth": 3}
+    config = HourLlavaConfig.from_original(flat)
+    assert (config.vision_width, config.memaug_depth, config.vision_config) == (24, 3, None)
+    assert config.text_config.rope_parameters["rope_theta"] == 5e5
+    assert config.min_frames == 128
+
+
+def test_generate_continues_a_batch(model):
+    samples = [make_sample(1, 9), make_sample(2, 30, after=4)]
+    ids, _, features = zip(*samples, strict=True)
+    mask = pad([torch.ones_like(row) for row in ids], 0)
+    arguments = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    batch = model.generate(pad(ids, 0), attention_mask=mask, video_features=list(features), **arguments)
+    for number, (row, feature) in enumerate(zip(ids, features, strict=True)):
+        single = model.generate(row[None], video_features=[feature], **arguments)
+        assert batch[number].tolist() == single[0].tolist()
+        # Greedy decoding by hand, without a cache: the video is read anew for every token.
+        written = row
+        for token in single[0]:
+            mask_row = torch.arange(len(written)) < len(row)
+            logits = model(written[None], video_features=[feature], query_mask=mask_row[None]).logits
+            assert int(logits[0, -1].argmax()) == int(token)
+            written = torch.cat([written, token[None]])
+
+
+@pytest.mark.parametrize("images", [0, 2])
+def test_wrong_number_of_image_tokens(model, images):
+    ids = torch.full((1, 6), 5)
+    ids[0, :images] = IMAGE
+    with pytest.raises(ModelError, match="exactly one image token"):
+        model(ids, video_features=[torch.randn(4, 64, 64)])
+
+
+def test_pixels_without_a_tower(model):
+    model.model.vision_tower = None
+    with pytest.raises(ModelError, match="give video_features"):
+        model(torch.tensor([[5, IMAGE]]), pixel_values_videos=[torch.rand(2, 3, 64, 64)])
+
+
+def test_text_without_video(model):
+    ids = torch.randint(4, 64, (2, 6))
+    assert model(ids, labels=ids).logits.shape == (2, 6, 64)
