@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Open a video file, and choose from its timestamps the picture that is on screen at each second."""
 
+import math
 import os
 import stat
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -17,6 +19,7 @@ from av.video.stream import VideoStream
 from hourllava.errors import VideoError
 
 MAX_DEMUX_ERRORS = 100  # a container that fails this often in a row has nothing more to give
+BROADCAST = {"mpegts", "mpeg"}
 CUT_TOLERANCE = 1.0  # seconds by which headers of intact files may exceed their packets
 
 
@@ -48,9 +51,9 @@ def open_container(path: str | os.PathLike[str]) -> tuple[InputContainer, VideoS
             # One thread reports an error at the packet that holds it; frame threads report it pictures later.
             stream.thread_type = "NONE"
             return container, stream
-    kinds = sorted({stream.type for stream in container.streams}) or ["no streams"]
+    kinds = ", ".join(sorted({str(stream.type) for stream in container.streams})) or "empty streams"
     container.close()
-    raise VideoError(path, f"holds no video, only {', '.join(kinds)}", "give a file with a video track")
+    raise VideoError(path, f"holds no video, only {kinds}", "give a file with a video track")
 
 
 def _check_file(path: Path) -> None:
@@ -78,7 +81,7 @@ def _why_not_video(path: Path) -> tuple[str, str]:
     return "is not a video that FFmpeg can read", "check that it plays, or convert it to MP4"
 
 
-def demux(container: InputContainer, stream: VideoStream, every: bool = False):
+def demux(container: InputContainer, stream: VideoStream, every: bool = False) -> Iterator[Packet]:
     """Yield the packets of ``stream`` (of all streams if ``every``), going on after damage in the container."""
     failures = 0
     while failures < MAX_DEMUX_ERRORS:
@@ -92,7 +95,7 @@ def demux(container: InputContainer, stream: VideoStream, every: bool = False):
 
 
 def packet_time(packet: Packet) -> int | None:
-    """Presentation time in ticks; containers without one (old AVI) give the decoding time instead."""
+    """Presentation time in ticks; containers that hold none give the decoding time, which B-frames shift a little."""
     return packet.dts if packet.pts is None else packet.pts
 
 
@@ -112,33 +115,39 @@ def make_plan(path: str | os.PathLike[str]) -> Plan:
     """
     container, stream = open_container(path)
     with container:
-        tick = stream.time_base
+        tick = stream.time_base or Fraction(1, av.time_base)
         times, end, last_of_any = array("q"), 0, Fraction(0)
+        # A recording of a broadcast may begin between key pictures; what comes before the first cannot be decoded.
+        first_key = None if container.format.name in BROADCAST else 0
         for packet in demux(container, stream, every=True):
+            time = packet_time(packet)
+            if time is None:
+                continue
+            if first_key is None and packet.stream_index == stream.index and packet.is_keyframe:
+                first_key = time
             if not is_shown(packet):
                 continue
-            stop = packet_time(packet) + (packet.duration or 1)
+            stop = time + (packet.duration or 1)
             last_of_any = max(last_of_any, stop * packet.time_base)
-            if packet.stream_index == stream.index:
-                times.append(packet_time(packet))
+            if packet.stream_index == stream.index and first_key is not None and time >= first_key:
+                times.append(time)
                 end = max(end, stop)
         if not times:
             raise VideoError(path, "no picture in it has a timestamp", "convert it to MP4 (ffmpeg -i IN OUT.mp4)")
         order = np.sort(np.frombuffer(times, dtype=np.int64))
         start = int(order[0])
         seconds = (end - start) * tick
-        missing = _cut_off(container, stream, seconds, last_of_any)
-    count = max(1, -(-seconds.numerator // seconds.denominator))
-    targets = start + np.arange(count, dtype=np.int64) * tick.denominator // tick.numerator
+        missing = _missing(container, stream, seconds, last_of_any)
+    targets = start + np.arange(math.ceil(seconds), dtype=np.int64) * tick.denominator // tick.numerator
     chosen = order[np.searchsorted(order, targets, side="right") - 1]
     return Plan(targets, chosen, float(seconds), float(seconds) + missing)
 
 
-def _cut_off(container: InputContainer, stream: VideoStream, seconds: Fraction, last_of_any: Fraction) -> float:
+def _missing(container: InputContainer, stream: VideoStream, seconds: Fraction, last_of_any: Fraction) -> float:
     """Seconds that the header promises beyond the packets that are there (0 if none)."""
-    if stream.duration is not None:
+    if stream.duration is not None and stream.time_base is not None:
         missing = float(stream.duration * stream.time_base - seconds)
-    elif container.duration is not None:  # length of the longest stream, from time 0 or from the first packet
+    elif container.duration is not None:  # to the end of the longest stream
         missing = container.duration / av.time_base - float(last_of_any)
     else:
         return 0.0

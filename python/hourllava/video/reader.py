@@ -19,6 +19,10 @@ from hourllava.video.h264 import reference_test
 from hourllava.video.plan import Plan, demux, is_shown, make_plan, open_container, packet_time
 from hourllava.video.resize import resize_frames
 
+# With these a packet is one picture of the same time, so one that does not come out is lost even if the decoder is
+# silent. Elsewhere (packed or hidden pictures) only a reported error makes it so. AVI holds no presentation times.
+ONE_TO_ONE = {"h264", "hevc", "av1", "vp9"}
+
 
 @dataclass(frozen=True)
 class FrameChunk:
@@ -59,7 +63,8 @@ class VideoReader:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self._plan: Plan = make_plan(path)
-        self._given = self._damaged = self._errors = 0
+        self._given = self._damaged = 0
+        self._can_miss = False  # a picture that does not come out is a lost one
 
     @property
     def duration(self) -> float:
@@ -104,10 +109,9 @@ class VideoReader:
         k = 0
         for frame in self._pictures():
             shown = shown or frame  # the first sound picture stands in for damaged ones before it
-            until = int(np.searchsorted(targets, frame.pts))  # these seconds end before `frame` comes on screen
-            if k < until:
-                yield from self._repeat(shown, size, chosen[k:until])
-                k = until
+            until = int(np.searchsorted(targets, frame.pts or 0))  # these seconds end before `frame` comes on screen
+            yield from self._repeat(shown, size, chosen[k:until])
+            k = max(k, until)
             shown = frame
         if shown is None:
             raise VideoError(self.path, "not one picture could be decoded", "check that it plays, or convert it to MP4")
@@ -115,9 +119,11 @@ class VideoReader:
 
     def _repeat(self, shown: VideoFrame, size: int, chosen: np.ndarray) -> Iterator[Tensor]:
         """Give ``shown`` for each of these seconds; where another was chosen, that one was lost to damage."""
-        square = _to_square(shown, size) if len(chosen) else None
+        if not len(chosen):
+            return
+        square = _to_square(shown, size)
         for time in chosen.tolist():
-            self._damaged += bool(self._errors and time != shown.pts)
+            self._damaged += bool(self._can_miss and time != shown.pts)
             yield square
 
     def _pictures(self) -> Iterator[VideoFrame]:
@@ -132,12 +138,13 @@ class VideoReader:
 
     def _decode(self, strict: bool) -> Iterator[VideoFrame]:
         """Yield decoded pictures; ``strict`` leaves out all from an error to the next key picture."""
-        self._errors = 0
         wanted = set(self._plan.chosen.tolist())
         container, stream = open_container(self.path)
         if strict:
             stream.codec_context.options = {"err_detect": "explode"}  # else H.264 hides damage behind invented pictures
-        is_reference = reference_test(stream.codec_context.name, stream.codec_context.extradata)
+        codec = stream.codec_context.name
+        is_reference = reference_test(codec, stream.codec_context.extradata)
+        self._can_miss = codec in ONE_TO_ONE and container.format.name != "avi"
         skipping = strict
         with container:
             for packet in demux(container, stream):
@@ -145,7 +152,7 @@ class VideoReader:
                 if packet.size and (skipping or _is_unneeded(packet, wanted, is_reference)):
                     continue
                 frames, sound = _decode_packet(packet, strict)
-                self._errors += not sound  # before the pictures that come out, which may follow the broken one
+                self._can_miss |= not sound  # before the pictures that come out, which may follow the broken one
                 skipping = strict and not sound
                 yield from frames
 
@@ -201,7 +208,6 @@ def _has_time(frame: VideoFrame) -> bool:
 
 def _to_square(frame: VideoFrame, size: int) -> Tensor:
     """Convert to RGB, turn as the file's display matrix says, and resize: (3, size, size) uint8."""
-    picture = frame.to_ndarray(format="rgb24")  # (H, W, 3)
-    turns = round(frame.rotation / 90) % 4  # counter-clockwise
-    picture = np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture
-    return resize_frames(torch.from_numpy(picture).permute(2, 0, 1)[None], size)[0]
+    picture = torch.from_numpy(frame.to_ndarray(format="rgb24"))  # (H, W, 3)
+    turned = picture.rot90(round(frame.rotation / 90))  # counter-clockwise
+    return resize_frames(turned.permute(2, 0, 1)[None], size)[0]
