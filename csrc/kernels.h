@@ -28,6 +28,79 @@ using accumulate_t = typename accumulate<T>::type;
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const std::function<void(int64_t, int64_t)>& body);
 
 template <class T>
+struct PoolGridParams {
+    const T* patches;  // (T, S * S, C)
+    T* out;            // (T, G * G, C)
+    int64_t frames;    // T
+    int64_t side;      // S
+    int64_t grid;      // G
+    int64_t width;     // C
+};
+void pool_grid_cpu(const PoolGridParams<float>&);
+void pool_grid_cpu(const PoolGridParams<double>&);
+void pool_grid_cpu(const PoolGridParams<bfloat16>&);
+
+template <class T>
+struct PoolGridBackwardParams {
+    const T* grad;    // (T, G * G, C)
+    T* grad_patches;  // (T, S * S, C)
+    int64_t frames;   // T
+    int64_t side;     // S
+    int64_t grid;     // G
+    int64_t width;    // C
+};
+void pool_grid_backward_cpu(const PoolGridBackwardParams<float>&);
+void pool_grid_backward_cpu(const PoolGridBackwardParams<double>&);
+void pool_grid_backward_cpu(const PoolGridBackwardParams<bfloat16>&);
+
+template <class T>
+struct KeyframeScoreParams {
+    const T* features;               // (T, C)
+    accumulate_t<T>* inverse_norms;  // (T,), scratch
+    accumulate_t<T>* score;          // (T,)
+    int64_t frames;                  // T
+    int64_t width;                   // C
+    int64_t window;
+};
+void keyframe_score_cpu(const KeyframeScoreParams<float>&);
+void keyframe_score_cpu(const KeyframeScoreParams<double>&);
+void keyframe_score_cpu(const KeyframeScoreParams<bfloat16>&);
+
+template <class T>
+struct ForgetParams {
+    const T* tokens;         // (T, N, C)
+    const int64_t* frames;   // (n,), each in [0, T)
+    const int64_t* patches;  // (n, k), each in [0, N)
+    const T* newline;        // (C,)
+    T* kept;                 // (n, k + 1, C)
+    int64_t* position_ids;   // (n, k + 1)
+    int64_t kept_frames;     // n
+    int64_t kept_patches;    // k
+    int64_t per_frame;       // N
+    int64_t width;           // C
+};
+void forget_cpu(const ForgetParams<float>&);
+void forget_cpu(const ForgetParams<double>&);
+void forget_cpu(const ForgetParams<bfloat16>&);
+
+template <class T>
+struct ForgetBackwardParams {
+    const T* grad;           // (n, k + 1, C)
+    const int64_t* frames;   // (n,), each in [0, T)
+    const int64_t* patches;  // (n, k), each in [0, N)
+    T* grad_tokens;          // (T, N, C)
+    T* grad_newline;         // (C,)
+    int64_t total_frames;    // T
+    int64_t kept_frames;     // n
+    int64_t kept_patches;    // k
+    int64_t per_frame;       // N
+    int64_t width;           // C
+};
+void forget_backward_cpu(const ForgetBackwardParams<float>&);
+void forget_backward_cpu(const ForgetBackwardParams<double>&);
+void forget_backward_cpu(const ForgetBackwardParams<bfloat16>&);
+
+template <class T>
 struct RopeParams {
     const T* x;                   // (M, H, D), last dim dense
     const int64_t* position_ids;  // (M,)
@@ -44,5 +117,79 @@ struct RopeParams {
 void rope_cpu(const RopeParams<float>&);
 void rope_cpu(const RopeParams<double>&);
 void rope_cpu(const RopeParams<bfloat16>&);
+
+template <class T>
+struct MergeAttentionParams {
+    const T* out;                 // (S, M, H, D)
+    const accumulate_t<T>* lse;   // (S, H, M)
+    T* merged;                    // (M, H, D)
+    accumulate_t<T>* merged_lse;  // (H, M)
+    int64_t parts;                // S
+    int64_t tokens;               // M
+    int64_t heads;                // H
+    int64_t width;                // D
+};
+void merge_attention_cpu(const MergeAttentionParams<float>&);
+void merge_attention_cpu(const MergeAttentionParams<double>&);
+void merge_attention_cpu(const MergeAttentionParams<bfloat16>&);
+
+template <class T>
+struct MergeAttentionBackwardParams {
+    const T* grad_merged;                    // (M, H, D)
+    const accumulate_t<T>* grad_merged_lse;  // (H, M)
+    const T* out;                            // (S, M, H, D)
+    const accumulate_t<T>* lse;              // (S, H, M)
+    T* grad_out;                             // (S, M, H, D)
+    accumulate_t<T>* grad_lse;               // (S, H, M)
+    int64_t parts;                           // S
+    int64_t tokens;                          // M
+    int64_t heads;                           // H
+    int64_t width;                           // D
+};
+void merge_attention_backward_cpu(const MergeAttentionBackwardParams<float>&);
+void merge_attention_backward_cpu(const MergeAttentionBackwardParams<double>&);
+void merge_attention_backward_cpu(const MergeAttentionBackwardParams<bfloat16>&);
+
+template <class T>
+struct PagedAttentionParams {
+    const T* query;                      // (M, Hq, D)
+    const T* key_pages;                  // (P, Hkv, S, D), rotated
+    const T* value_pages;                // (P, Hkv, S, D)
+    const int32_t* page_table;           // (B, W), -1 for a hole
+    const int32_t* page_lengths;         // (P,)
+    const int64_t* position_ids;         // (M,)
+    const int64_t* cu_seqlens;           // (B + 1,)
+    const float* inv_freq;               // (F,), 2F <= D
+    const accumulate_t<T>* mass_weight;  // (M,), may be null
+    T* out;                              // (M, Hq, D)
+    accumulate_t<T>* lse;                // (Hq, M)
+    accumulate_t<T>* mass;               // (B, W), null without mass_weight
+    double scale;
+    int64_t tokens;       // M
+    int64_t query_heads;  // Hq
+    int64_t key_heads;    // Hkv
+    int64_t head_dim;     // D
+    int64_t pages;        // P
+    int64_t page_size;    // S
+    int64_t batch;        // B
+    int64_t listed;       // W
+    int64_t frequencies;  // F
+};
+void paged_attention_cpu(const PagedAttentionParams<float>&);
+void paged_attention_cpu(const PagedAttentionParams<double>&);
+void paged_attention_cpu(const PagedAttentionParams<bfloat16>&);
+
+template <class T>
+struct PagedAttentionBackwardParams {
+    PagedAttentionParams<T> forward;  // out and lse as the forward left them
+    const T* grad_out;                // (M, Hq, D)
+    const accumulate_t<T>* grad_lse;  // (Hq, M)
+    T* grad_query;                    // (M, Hq, D)
+    T* grad_key_pages;                // (P, Hkv, S, D)
+    T* grad_value_pages;              // (P, Hkv, S, D)
+};
+void paged_attention_backward_cpu(const PagedAttentionBackwardParams<float>&);
+void paged_attention_backward_cpu(const PagedAttentionBackwardParams<double>&);
+void paged_attention_backward_cpu(const PagedAttentionBackwardParams<bfloat16>&);
 
 }  // namespace hourllava_ext

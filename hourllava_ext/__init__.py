@@ -2,6 +2,6 @@
 """Operators on the memory of a video: pooled, scored, forgotten, rotated, paged, retrieved, attended and merged."""
 
 from hourllava_ext import library as library  # Loads the compiled operators, which the modules below register on.
-from hourllava_ext.ops import rope
+from hourllava_ext.ops import forget, keyframe_score, merge_attention, pool_grid, rope
 
-__all__ = ["rope"]
+__all__ = ["forget", "keyframe_score", "merge_attention", "pool_grid", "rope"]

@@ -84,7 +84,7 @@ def page_write(
 
 
 def summarize(key_pages: Tensor, page_lengths: Tensor) -> Tensor:
-    """Mean, minimum and maximum key of every page: (P, Hkv, 3, D) float32 (float64 for float64), zeros for an empty page."""
+    """Mean, minimum and maximum key of every page: (P, Hkv, 3, D), in the dtype of sums; zeros for an empty page."""
     keys = key_pages.detach().to(accumulate_dtype(key_pages.dtype))
     valid = (torch.arange(keys.shape[2]) < page_lengths[:, None])[:, None, :, None]
     filled = page_lengths.clamp(min=1)[:, None, None]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Partial rotary of 4096 tokens of 16 heads: `pytest benchmarks/ops/rope.py`."""
+"""Partial rotary of 1024 tokens of 16 heads: `pytest benchmarks/ops/rope.py`."""
 
 from collections.abc import Callable
 
@@ -14,9 +14,9 @@ WAYS = {"hourllava": rope, "torch": reference.rope}
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("way", WAYS)
 def bench_rope(benchmark: Callable, way: str, dtype: torch.dtype) -> None:
-    x = torch.randn(4096, 16, 128, dtype=dtype)
-    position_ids = torch.randperm(234_000)[:4096]
+    x = torch.randn(1024, 16, 128, dtype=dtype)
+    position_ids = torch.randperm(234_000)[:1024]
     inv_freq = 10000.0 ** -(torch.arange(32) / 32)
     args = x, position_ids, inv_freq
-    torch.testing.assert_close(rope(*args), reference.rope(*args), rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+    torch.testing.assert_close(rope(*args), reference.rope(*args), rtol=0, atol=8 * torch.finfo(dtype).eps)
     benchmark(WAYS[way], *args)

@@ -42,6 +42,17 @@ inline void check_dim(const char* op, const char* name, const Tensor& tensor, in
     check(tensor.dim() == dim, op, ": ", name, " must be ", shape, ", got shape ", shape_of(tensor));
 }
 
+// Exact sizes, -1 for any.
+inline void check_shape(const char* op, const char* name, const Tensor& tensor, const std::vector<int64_t>& shape) {
+    bool same = tensor.dim() == static_cast<int64_t>(shape.size());
+    std::ostringstream wanted;
+    for (size_t i = 0; i < shape.size(); ++i) {
+        same = same && (shape[i] < 0 || tensor.size(i) == shape[i]);
+        wanted << (i ? ", " : "") << (shape[i] < 0 ? "any" : std::to_string(shape[i]));
+    }
+    check(same, op, ": ", name, " must have shape (", wanted.str(), "), got ", shape_of(tensor));
+}
+
 inline void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType dtype, const char* label) {
     check(tensor.scalar_type() == dtype, op, ": ", name, " must be ", label, "; convert it with .to(torch.", label,
           ")");
@@ -83,6 +94,14 @@ inline Tensor allocate(const Tensor& tensor, const std::vector<int64_t>& shape) 
 }
 inline Tensor allocate(const Tensor& tensor, const std::vector<int64_t>& shape, ScalarType dtype) {
     return torch::stable::new_empty(tensor, shape, dtype);
+}
+
+// Every entry of a dense int64 tensor in [0, limit).
+inline void check_range(const char* op, const char* name, const Tensor& tensor, int64_t limit) {
+    const int64_t* entries = data<int64_t>(tensor);
+    for (int64_t i = 0; i < tensor.numel(); ++i) {
+        check(entries[i] >= 0 && entries[i] < limit, op, ": ", name, " must be in [0, ", limit, "), got ", entries[i]);
+    }
 }
 
 // Calls body(T{}) with the C++ type of the tensor's dtype.

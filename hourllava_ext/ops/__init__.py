@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public operators, one file each."""
 
+from hourllava_ext.ops.forget import forget
+from hourllava_ext.ops.keyframe_score import keyframe_score
+from hourllava_ext.ops.merge_attention import merge_attention
+from hourllava_ext.ops.pool_grid import pool_grid
 from hourllava_ext.ops.rope import rope
 
-__all__ = ["rope"]
+__all__ = ["forget", "keyframe_score", "merge_attention", "pool_grid", "rope"]

@@ -76,7 +76,7 @@ def test_bad_arguments() -> None:
         rope(x, position_ids, inv_freq.double())
     with pytest.raises(RuntimeError, match="one entry per token, got 6 for 7"):
         rope(x, position_ids[1:], inv_freq)
-    with pytest.raises(RuntimeError, match="rotates 2 . 6 dims, but a head of x has 10"):
+    with pytest.raises(RuntimeError, match=r"rotates 2 \* 6 dims, but a head of x has 10"):
         rope(x, position_ids, torch.ones(6))
     with pytest.raises(RuntimeError, match="x must be float32, bfloat16 or float64"):
         rope(x.half(), position_ids, inv_freq)

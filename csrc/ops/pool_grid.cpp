@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <cmath>
+
+#include "ops/common.h"
+
+namespace hourllava_ext {
+namespace {
+
+Tensor pool_grid(const Tensor& patches,  // (T, S * S, C)
+                 int64_t grid) {
+    check_dim("pool_grid", "patches", patches, 3, "(T, S * S, C)");
+    const int64_t frames = patches.size(0), count = patches.size(1), width = patches.size(2);
+    const int64_t side = std::llround(std::sqrt(static_cast<double>(count)));
+    check(side >= 1 && side * side == count, "pool_grid: patches must come from a square image, got ", count,
+          " a frame; pass (T, S * S, C)");
+    check(grid >= 1, "pool_grid: grid must be at least 1, got ", grid);
+
+    const Tensor source = dense(patches);
+    Tensor out = allocate(patches, {frames, grid * grid, width});
+    dispatch_dtype("pool_grid", "patches", patches, [&](auto type) {
+        using T = decltype(type);
+        pool_grid_cpu(PoolGridParams<T>{data<T>(source), mutable_data<T>(out), frames, side, grid, width});
+    });
+    return out;
+}
+
+Tensor pool_grid_backward(const Tensor& grad,  // (T, G * G, C)
+                          int64_t grid, int64_t side) {
+    check(grid >= 1 && side >= 1, "pool_grid_backward: grid and side must be at least 1");
+    check_shape("pool_grid_backward", "grad", grad, {-1, grid * grid, -1});
+    const int64_t frames = grad.size(0), width = grad.size(2);
+
+    const Tensor source = dense(grad);
+    Tensor out = allocate(grad, {frames, side * side, width});
+    dispatch_dtype("pool_grid_backward", "grad", grad, [&](auto type) {
+        using T = decltype(type);
+        pool_grid_backward_cpu(
+            PoolGridBackwardParams<T>{data<T>(source), mutable_data<T>(out), frames, side, grid, width});
+    });
+    return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(hourllava_ext, m) {
+    m.def("pool_grid(Tensor patches, int grid) -> Tensor");
+    m.def("pool_grid_backward(Tensor grad, int grid, int side) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(hourllava_ext, CPU, m) {
+    m.impl("pool_grid", TORCH_BOX(&pool_grid));
+    m.impl("pool_grid_backward", TORCH_BOX(&pool_grid_backward));
+}
+
+}  // namespace hourllava_ext
