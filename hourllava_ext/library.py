@@ -3,6 +3,7 @@
 
 import ctypes
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
@@ -16,7 +17,17 @@ if not LIBRARY.exists():
 torch.ops.load_library(LIBRARY)
 
 
-def build_info() -> dict[str, str | bool]:
+class BuildInfo(TypedDict):
+    """How the loaded operators were built."""
+
+    library: str
+    torch: str
+    torch_abi: str
+    cpu_tier: str
+    cuda: bool
+
+
+def build_info() -> BuildInfo:
     """How the loaded operators were built: what `hourllava doctor` prints.
 
     Returns:
