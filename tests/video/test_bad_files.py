@@ -105,7 +105,7 @@ def test_end_cut_off(tmp_path: Path, suffix: str) -> None:
     assert report.message is not None
     assert "of 01:00" in report.message
     lost = round(report.seconds_expected - report.seconds_read)
-    assert f"{lost} of 60 seconds were lost" in report.message
+    assert f"{lost} of 60 seconds are lost" in report.message
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
@@ -122,7 +122,7 @@ def test_damaged_middle(tmp_path: Path, suffix: str, capfd: pytest.CaptureFixtur
     assert report.damaged == len(wrong)
     assert report.seconds_read == pytest.approx(SECONDS - len(wrong))
     assert report.message is not None
-    assert f"{len(wrong)} of 60 seconds were lost" in report.message
+    assert f"{len(wrong)} of 60 seconds are lost" in report.message
     assert capfd.readouterr().err == ""  # FFmpeg keeps quiet
 
 

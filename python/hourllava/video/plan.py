@@ -6,7 +6,7 @@ import os
 import stat
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,8 +19,12 @@ from av.video.stream import VideoStream
 from hourllava.errors import VideoError
 
 MAX_DEMUX_ERRORS = 100  # a container that fails this often in a row has nothing more to give
+GONE = -1  # stands for the timestamp of a picture that is no longer in the file
+# In these files packets follow each other, so where a jump in time meets skipped bytes, packets were lost there.
+BYTES_IN_ORDER = {"matroska,webm"}
+SKIPPED_BYTES = 512  # more than the headers that stand between packets
 BROADCAST = {"mpegts", "mpeg"}
-CUT_TOLERANCE = 1.0  # seconds by which headers of intact files may exceed their packets
+CUT_TOLERANCE = 1.0  # seconds that may be missing before an intact file is ruled out
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,8 @@ class Plan:
     """The picture for each second, in ticks of the stream's time base."""
 
     targets: np.ndarray  # (n,) int64: start + k seconds, rounded down to a tick
-    chosen: np.ndarray  # (n,) int64: timestamp of the picture on screen then
+    chosen: np.ndarray  # (n,) int64: timestamp of the picture on screen then, or GONE
+    resumed: frozenset[int]  # timestamps of the packets that follow a hole in the file
     seconds: float  # what the packets in the file cover
     seconds_expected: float  # what the header promises, or `seconds` where it promises no more
 
@@ -81,12 +86,12 @@ def _why_not_video(path: Path) -> tuple[str, str]:
     return "is not a video that FFmpeg can read", "check that it plays, or convert it to MP4"
 
 
-def demux(container: InputContainer, stream: VideoStream, every: bool = False) -> Iterator[Packet]:
-    """Yield the packets of ``stream`` (of all streams if ``every``), going on after damage in the container."""
+def demux(container: InputContainer, *streams: VideoStream) -> Iterator[Packet]:
+    """Yield the packets of these streams (of all if none is named), going on after damage in the container."""
     failures = 0
     while failures < MAX_DEMUX_ERRORS:
         try:
-            for packet in container.demux() if every else container.demux(stream):
+            for packet in container.demux(*streams):
                 failures = 0
                 yield packet
             return
@@ -116,39 +121,61 @@ def make_plan(path: str | os.PathLike[str]) -> Plan:
     container, stream = open_container(path)
     with container:
         tick = stream.time_base or Fraction(1, av.time_base)
-        times, end, last_of_any = array("q"), 0, Fraction(0)
-        # A recording of a broadcast may begin between key pictures; what comes before the first cannot be decoded.
-        first_key = None if container.format.name in BROADCAST else 0
-        for packet in demux(container, stream, every=True):
-            time = packet_time(packet)
-            if time is None:
-                continue
-            if first_key is None and packet.stream_index == stream.index and packet.is_keyframe:
-                first_key = time
-            if not is_shown(packet):
-                continue
-            stop = time + (packet.duration or 1)
-            last_of_any = max(last_of_any, stop * packet.time_base)
-            if packet.stream_index == stream.index and first_key is not None and time >= first_key:
-                times.append(time)
-                end = max(end, stop)
-        if not times:
+        scan = _scan(container, stream, tick)
+        if not scan.times:
             raise VideoError(path, "no picture in it has a timestamp", "convert it to MP4 (ffmpeg -i IN OUT.mp4)")
-        order = np.sort(np.frombuffer(times, dtype=np.int64))
+        order = np.sort(np.frombuffer(scan.times, dtype=np.int64))
         start = int(order[0])
-        seconds = (end - start) * tick
+        seconds = (scan.end[stream.index] - start) * tick
+        last_of_any = max(float(end * (container.streams[index].time_base or 0)) for index, end in scan.end.items())
         missing = _missing(container, stream, seconds, last_of_any)
     targets = start + np.arange(math.ceil(seconds), dtype=np.int64) * tick.denominator // tick.numerator
     chosen = order[np.searchsorted(order, targets, side="right") - 1]
-    return Plan(targets, chosen, float(seconds), float(seconds) + missing)
+    for before in scan.holes.values():
+        chosen[(chosen < before) & (targets >= before)] = GONE
+    return Plan(targets, chosen, frozenset(scan.holes), float(seconds), float(seconds) + missing)
 
 
-def _missing(container: InputContainer, stream: VideoStream, seconds: Fraction, last_of_any: Fraction) -> float:
+@dataclass
+class _Scan:
+    """What the packet headers of a file say."""
+
+    times: array  # presentation time of each picture, in file order
+    end: dict[int, int] = field(default_factory=dict)  # for each stream, when its last packet ends, in its ticks
+    holes: dict[int, int] = field(default_factory=dict)  # time of the packet after lost bytes: end of those before
+
+
+def _scan(container: InputContainer, stream: VideoStream, tick: Fraction) -> _Scan:
+    scan = _Scan(array("q"))
+    # A recording of a broadcast may begin between key pictures; what comes before the first cannot be decoded.
+    first_key = None if container.format.name in BROADCAST else 0
+    position, skipped, in_order = 0, False, container.format.name in BYTES_IN_ORDER
+    for packet in demux(container):
+        time, index = packet_time(packet), packet.stream_index
+        if first_key is None and index == stream.index and packet.is_keyframe:
+            first_key = time
+        here = packet.pos or 0
+        skipped |= in_order and packet.size > 0 and here - position > SKIPPED_BYTES
+        position = here + packet.size
+        if time is None or not is_shown(packet):
+            continue
+        before = scan.end.get(index, time)
+        scan.end[index] = max(before, time + (packet.duration or 1))
+        if index != stream.index or first_key is None or time < first_key:
+            continue
+        if skipped and (time - before) * tick > CUT_TOLERANCE:
+            scan.holes[time] = before
+        skipped = False
+        scan.times.append(time)
+    return scan
+
+
+def _missing(container: InputContainer, stream: VideoStream, seconds: Fraction, last_of_any: float) -> float:
     """Seconds that the header promises beyond the packets that are there (0 if none)."""
     if stream.duration is not None and stream.time_base is not None:
         missing = float(stream.duration * stream.time_base - seconds)
     elif container.duration is not None:  # to the end of the longest stream
-        missing = container.duration / av.time_base - float(last_of_any)
+        missing = container.duration / av.time_base - last_of_any
     else:
         return 0.0
     return missing if missing > CUT_TOLERANCE else 0.0

@@ -16,7 +16,7 @@ from torch import Tensor
 from hourllava.errors import VideoError
 from hourllava.video.clock import clock
 from hourllava.video.h264 import reference_test
-from hourllava.video.plan import Plan, demux, is_shown, make_plan, open_container, packet_time
+from hourllava.video.plan import GONE, Plan, demux, is_shown, make_plan, open_container, packet_time
 from hourllava.video.resize import resize_frames
 
 # With these a packet is one picture of the same time, so one that does not come out is lost even if the decoder is
@@ -123,7 +123,7 @@ class VideoReader:
             return
         square = _to_square(shown, size)
         for time in chosen.tolist():
-            self._damaged += bool(self._can_miss and time != shown.pts)
+            self._damaged += time == GONE or (self._can_miss and time != shown.pts)
             yield square
 
     def _pictures(self) -> Iterator[VideoFrame]:
@@ -148,10 +148,12 @@ class VideoReader:
         skipping = strict
         with container:
             for packet in demux(container, stream):
-                skipping = skipping and not (packet.is_keyframe and not packet.is_corrupt)
+                after_hole = packet_time(packet) in self._plan.resumed and not packet.is_keyframe
+                broken = packet.is_corrupt or after_hole
+                skipping = skipping and not (packet.is_keyframe and not broken)
                 if packet.size and (skipping or _is_unneeded(packet, wanted, is_reference)):
                     continue
-                frames, sound = _decode_packet(packet, strict)
+                frames, sound = _decode_packet(packet, broken, strict)
                 self._can_miss |= not sound  # before the pictures that come out, which may follow the broken one
                 skipping = strict and not sound
                 yield from frames
@@ -161,13 +163,13 @@ class VideoReader:
         if plan.seconds_expected > plan.seconds:
             lost.append(f"the file ends at {clock(plan.seconds)} of {clock(plan.seconds_expected)}")
         if self._damaged:
-            lost.append(f"{self._damaged} s are damaged and show the last good picture")
+            lost.append(f"{self._damaged} s are damaged and show the last good picture before them")
         if not lost:
             return None
-        total = plan.seconds_expected - plan.seconds + self._damaged
+        total = max(1, round(plan.seconds_expected - plan.seconds + self._damaged))
         return (
-            f"{self.path}: {total:.0f} of {plan.seconds_expected:.0f} seconds were lost ({', '.join(lost)}); "
-            "the rest is used, get an intact copy for all of it"
+            f"{self.path}: {total} of {plan.seconds_expected:.0f} seconds are lost, {' and '.join(lost)}; "
+            "get an intact copy to use all of it"
         )
 
 
@@ -178,15 +180,15 @@ def _is_unneeded(packet: Packet, wanted: set[int], is_reference: Callable[[memor
     return not is_reference(memoryview(packet))
 
 
-def _decode_packet(packet: Packet, strict: bool) -> tuple[list[VideoFrame], bool]:
+def _decode_packet(packet: Packet, broken: bool, strict: bool) -> tuple[list[VideoFrame], bool]:
     """Return the pictures that come out, and whether packet and pictures are sound.
 
-    If ``strict``, after an error only the sound pictures still waiting for their turn come out, and the decoder
-    forgets the rest.
+    If ``strict``, a packet that is ``broken`` or cannot be decoded only makes the sound pictures still waiting for
+    their turn come out, and the decoder forgets the rest.
     """
     context = packet.stream.codec_context
     try:
-        frames, sound = packet.decode(), not packet.is_corrupt
+        frames, sound = [] if broken and strict else packet.decode(), not broken
     except av.FFmpegError:
         frames, sound = [], False
     if not strict:
