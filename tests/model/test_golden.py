@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hourllava.model import HourLlavaConfig, HourLlavaForConditionalGeneration
 from safetensors import safe_open
 from safetensors.torch import load_file
+
+from hourllava.model import HourLlavaConfig, HourLlavaForConditionalGeneration
 
 FOLDER = Path(__file__).resolve().parents[3] / "shared" / "golden"
 CASES = sorted(path for path in FOLDER.glob("*.safetensors") if path.stem != "checkpoint")

@@ -3,9 +3,10 @@
 
 import pytest
 import torch
+from safetensors import safe_open
+
 from hourllava.errors import ModelError
 from hourllava.model import HourLlavaConfig, HourLlavaForConditionalGeneration, tiny_config
-from safetensors import safe_open
 
 IMAGE = 3
 
@@ -109,9 +110,8 @@ def test_query_mask_defaults_to_the_labels(model):
 def test_original_image_token_is_understood(model):
     ids, _, feature = make_sample(1, 8)
     theirs = ids.masked_fill(ids == IMAGE, -200)
-    assert torch.equal(
-        model(theirs[None], video_features=[feature]).logits, model(ids[None], video_features=[feature]).logits
-    )
+    ours = model(ids[None], video_features=[feature]).logits
+    assert torch.equal(model(theirs[None], video_features=[feature]).logits, ours)
 
 
 def test_save_and_load_round_trip(model, tmp_path):

@@ -56,7 +56,7 @@ def newline_slots(frame: Tensor, per_frame: int) -> Tensor:
 
 
 def frame_slots(frame: Tensor, per_frame: int) -> tuple[Tensor, Tensor]:
-    """Slots and position ids of the frames' visual tokens in order, then of their newlines: two int64 (n * (N + 1),)."""
+    """Slots and position ids, each int64 (n * (N + 1),): the frames' visual tokens in order, then their newlines."""
     slots = torch.cat([visual_slots(frame, per_frame).flatten(), newline_slots(frame, per_frame)])
     first = frame * (per_frame + 1)
     visual = first[:, None] + torch.arange(per_frame, device=frame.device)

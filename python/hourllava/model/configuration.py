@@ -87,7 +87,7 @@ _DECODER_FIELDS = (
 
 
 def tiny_config(vocab_size: int = 512, **changes: Any) -> HourLlavaConfig:
-    """A model of about half a million parameters that still makes 64 tokens of every frame; `changes` override fields."""
+    """Half a million parameters that still make 64 tokens of every frame; `changes` override fields."""
     decoder = Qwen2Config(
         vocab_size=vocab_size,
         hidden_size=96,

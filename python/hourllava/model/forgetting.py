@@ -50,9 +50,8 @@ def spatial_picks(config: HourLlavaConfig, frames: Tensor, per_frame: int) -> Te
         picks = torch.arange(per_frame, device=frames.device).view(side, side)[::step, ::step].flatten()
         return picks.expand(len(frames), -1)
     count = math.ceil(per_frame * config.spatial_ratio)
-    cells = frames.cpu().numpy().astype(np.uint64)[:, None] * np.uint64(per_frame) + np.arange(
-        per_frame, dtype=np.uint64
-    )
+    first_cell = frames.cpu().numpy().astype(np.uint64) * np.uint64(per_frame)
+    cells = first_cell[:, None] + np.arange(per_frame, dtype=np.uint64)
     order = np.argsort(_scramble(_scramble(cells) ^ np.uint64(config.forgetting_seed)), axis=1, kind="stable")
     return torch.from_numpy(np.sort(order[:, :count], axis=1)).to(frames.device)
 

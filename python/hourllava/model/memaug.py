@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MemAug: the kept tokens of a video and the question's text look at each other, then at the whole memory (SPEC A.5)."""
+"""MemAug: a video's kept tokens and the question's text look at each other, then at the whole memory (SPEC A.5)."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,6 @@ class MemoryUse:
 
     use_memory: bool = True  # False drops the cross-attention term, keeping everything else
     budget_pages: int | None = None  # pages each block may read, chosen by `retrieve`; None reads all
-    keep_pages: Tensor | None = None  # (P,) bool: pages that retrieval always takes
     mass_weight: Tensor | None = None  # (M,) weight of each query row in the returned attention mass
 
 
@@ -81,9 +80,7 @@ class CrossAttention(nn.Module):
         where = (stream.position_ids, stream.cu_seqlens, inv_freq)
         table = pages.page_table
         if use.budget_pages is not None:
-            table = ext.retrieve(
-                query, *where, pages.key_summary, table, pages.page_lengths, use.budget_pages, use.keep_pages
-            )
+            table = ext.retrieve(query, *where, pages.key_summary, table, pages.page_lengths, use.budget_pages)
         out, _, *mass = ext.paged_attention(
             query, pages.key_pages, pages.value_pages, table, pages.page_lengths, *where, mass_weight=use.mass_weight
         )

@@ -2,21 +2,27 @@
 """Hour-LLaVA as a transformers model: a video's tokens become pages of memory, a few of them become queries, MemAug
 lets those read the memory, and the decoder reads the augmented queries in place of the video (SPEC A.3 to A.7)."""
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, Qwen2Model, Qwen2PreTrainedModel
+from transformers import GenerationMixin, PreTrainedTokenizerBase, Qwen2Model, Qwen2PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hourllava.errors import ModelError
+from hourllava.memory import VideoMemory
 from hourllava.memory.pages import batch_layout
 from hourllava_ext import reference as ext
 
+from . import asking, watching
+from .asking import Answer, AskOptions
 from .configuration import ORIGINAL_IMAGE_TOKEN, HourLlavaConfig
 from .forgetting import kept_frames, remembered_frames, spatial_picks, spread_frames
 from .memaug import MemAug, MemoryUse
+from .prompt import load_tokenizer
 from .stream import Interleaved, interleave, pad_rows, query_stream
 from .vision import VisionTower
 
@@ -67,6 +73,7 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
         decoder = config.text_config
         self.model = HourLlavaModel(config)
         self.lm_head = nn.Linear(decoder.hidden_size, decoder.vocab_size, bias=False)
+        self._tokenizer: PreTrainedTokenizerBase | None = None
         self.post_init()
 
     def forward(
@@ -151,14 +158,76 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
         """Projected tokens (T, N, C) of each video, from (T, 3, S, S) pixels or (T, patches, Cv) features."""
         if features is None:
             if self.model.vision_tower is None:
-                raise ModelError(
-                    "model", "it was built without a vision tower", "give video_features instead of pixels"
-                )
+                raise ModelError("model", "it was built without a vision tower", "give video_features instead")
             features = list(self.model.vision_tower(torch.cat(pixels)).split([len(frames) for frames in pixels]))
         frames = [len(video) for video in features]
         tokens = self.config.video_grid**2
         pooled = [ext.pool_grid(f, self.config.video_grid) if f.shape[1] > tokens else f for f in features]
         return list(self.model.mm_projector(torch.cat(pooled)).split(frames))
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer saved beside the weights, or the one that was set.
+
+        Raises:
+            ModelError: there is neither.
+        """
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.config.name_or_path)
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """transformers' `save_pretrained`, with the tokenizer beside the weights if there is one."""
+        super().save_pretrained(save_directory, **kwargs)
+        if self._tokenizer is not None:
+            self._tokenizer.save_pretrained(save_directory)
+
+    def watch(
+        self,
+        source: watching.Source,
+        progress: bool = True,
+        on_chunk: Callable[[VideoMemory], None] | None = None,
+    ) -> VideoMemory:
+        """Take a video in, once.
+
+        Args:
+            source: a video file; or frames, one a second, uint8 RGB (T, 3, H, W); or an iterable of such tensors.
+            progress: show a bar on stderr.
+            on_chunk: called with the memory after each chunk of frames; it may ask questions already.
+
+        Returns:
+            its memory, attached to this model.
+
+        Raises:
+            VideoError: the video cannot be read at all. What is lost of a damaged one is told by `memory.damage`.
+            ModelError: the model has no vision tower.
+        """
+        return watching.watch(self, source, progress, on_chunk)
+
+    def ask(self, memory: VideoMemory, question: str, max_new_tokens: int = 16, **options: Any) -> Answer:
+        """Answer a question about a watched video; nothing is decoded or encoded again.
+
+        Args:
+            max_new_tokens: the longest answer.
+            options: the other fields of `AskOptions`.
+
+        Raises:
+            QuestionError: the question is empty.
+            ModelError: another model made the memory, or this one has no tokenizer.
+        """
+        return asking.ask(self, memory, question, AskOptions(max_new_tokens, **options))
+
+    def attach(self, memory: VideoMemory) -> None:
+        """Let `memory.append` encode frames with this model; needed after `VideoMemory.load`.
+
+        Raises:
+            ModelError: another model made the memory.
+        """
+        memory.attach(watching.FrameWriter(self))
 
     def image_tokens(self, input_ids: Tensor) -> Tensor:
         """(B, L) bool: where visual tokens go."""
@@ -209,7 +278,7 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
         return augmented[rows.visual], kept.lengths
 
     def remember(self, tokens: Tensor) -> Tensor:
-        """Projected tokens (T, N, C) as the memory holds them: repeated evenly when there are fewer than `min_frames`."""
+        """Projected tokens (T, N, C) as the memory holds them: repeated evenly if there are fewer than `min_frames`."""
         wanted = remembered_frames(self.config, len(tokens))
         return tokens if wanted == len(tokens) else tokens[spread_frames(len(tokens), wanted).to(tokens.device)]
 

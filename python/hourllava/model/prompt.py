@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """ChatML prompts and training examples about one video, and which of their tokens are queries or targets (SPEC C.7)."""
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from hourllava.errors import ModelError
 
 IMAGE = "<image>"
 SYSTEM_MESSAGE = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -73,3 +77,14 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], l
     ids = tokenizer.encode(text, add_special_tokens=False)
     template = {tokenizer.encode(token, add_special_tokens=False)[0] for token in (*TEMPLATE_TOKENS, IMAGE)}
     return ids, [token not in template for token in ids]
+
+
+def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer saved in a model's directory.
+
+    Raises:
+        ModelError: there is none.
+    """
+    if not (Path(folder) / "tokenizer.json").is_file():
+        raise ModelError(folder or "model", "it has no tokenizer", "load a directory with tokenizer.json, or set one")
+    return PreTrainedTokenizerFast.from_pretrained(folder)

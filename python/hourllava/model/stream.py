@@ -24,12 +24,12 @@ class QueryStream:
     """What MemAug needs to know about its packed queries besides their values."""
 
     position_ids: Tensor  # (M,) int64
-    cu_seqlens: Tensor  # (B + 1,) int32
+    cu_seqlens: Tensor  # (B + 1,) int64
     lengths: list[int]  # rows of each sample
 
 
 def interleave(is_image: Tensor, keep: Tensor, visual_lengths: list[int]) -> Interleaved:
-    """Put `visual_lengths[b]` visual tokens where `is_image` (B, L) stands, between the text tokens that `keep` marks."""
+    """Put `visual_lengths[b]` visual tokens where `is_image` (B, L) stands, between the text to `keep` (B, L)."""
     batch, length = keep.shape
     device = keep.device
     visual_count = torch.tensor(visual_lengths, device=device)
@@ -72,7 +72,7 @@ def query_stream(
     text = torch.where(rows.rank < before, rows.rank, rows.rank - visual_count + span)
     visual_token = (rows.order - keep.numel()).clamp(min=0)
     position_ids = torch.where(rows.visual, before + kept_positions[visual_token], text)
-    bounds = torch.tensor([0, *rows.lengths], device=device).cumsum(0).to(torch.int32)
+    bounds = torch.tensor([0, *rows.lengths], device=device).cumsum(0)
     return rows, QueryStream(position_ids, bounds, rows.lengths)
 
 

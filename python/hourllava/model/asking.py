@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Asking: a question's tokens and the kept ones read the memory, the decoder answers, and the attention is evidence."""
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hourllava.errors import QuestionError
+from hourllava.memory import MemoryPages, VideoMemory
+from hourllava.memory.pages import PAGE_SIZE, batch_layout, frame_slots
+
+from .forgetting import remembered_frames, spread_frames
+from .memaug import MemoryUse
+from .prompt import build_prompt, time_instruction
+from .stream import interleave, query_stream
+from .watching import memory_fingerprint
+
+if TYPE_CHECKING:
+    from .modeling import HourLlavaForConditionalGeneration
+
+TOP_TOKENS = 5
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Neighbouring seconds that the answer rests on."""
+
+    start: float  # seconds
+    end: float
+    share: float  # of the question's attention to all frames
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer and its evidence; `str()` is its text."""
+
+    text: str
+    moments: list[Moment]  # largest share first
+    mass: Tensor  # (T,) float32: each second's share of the question's attention to frames, summing to 1
+    timings: dict[str, float]  # seconds: "memaug", "decode_text", "total"
+    top_tokens: list[tuple[str, float]]  # the likeliest first tokens of the answer and their probabilities
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class AskOptions:
+    """How a question is asked; the defaults are the paper's model, answered greedily."""
+
+    max_new_tokens: int = 16
+    budget_pages: int | None = None  # pages that each MemAug block may read, chosen by `retrieve`
+    memaug: bool = True  # False: the decoder gets the kept tokens as they are
+    use_memory: bool = True  # False: MemAug runs without its attention to the memory
+
+
+@torch.no_grad()
+def ask(model: "HourLlavaForConditionalGeneration", memory: VideoMemory, question: str, options: AskOptions) -> Answer:
+    """See `HourLlavaForConditionalGeneration.ask`."""
+    if not question.strip():
+        raise QuestionError("question", "it is empty", "ask something about the video")
+    started = time.perf_counter()
+    memory.check_model(memory_fingerprint(model))
+    instruction = time_instruction(float(memory.frames), memory.frames) if model.config.time_instruction else None
+    ids, query_mask = build_prompt(model.tokenizer, question.strip(), instruction)
+    embeds, mass = _prefill(model, memory, ids.to(model.device), query_mask.to(model.device), options)
+    augmented = time.perf_counter()
+    end = model.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    written = model.generate(
+        inputs_embeds=embeds,
+        attention_mask=torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device),
+        max_new_tokens=options.max_new_tokens,
+        do_sample=False,
+        eos_token_id=end,
+        pad_token_id=end,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    text = model.tokenizer.decode(written.sequences[0], skip_special_tokens=True).strip()
+    probability, token = written.logits[0][0].float().softmax(-1).topk(TOP_TOKENS)
+    top = [(model.tokenizer.decode([t]), p) for t, p in zip(token.tolist(), probability.tolist(), strict=True)]
+    done = time.perf_counter()
+    timings = {"memaug": augmented - started, "decode_text": done - augmented, "total": done - started}
+    return Answer(text, find_moments(mass), mass, timings, top)
+
+
+def _prefill(
+    model: "HourLlavaForConditionalGeneration",
+    memory: VideoMemory,
+    ids: Tensor,
+    query_mask: Tensor,
+    options: AskOptions,
+) -> tuple[Tensor, Tensor]:
+    """The decoder's input (1, M, C), and each second's share of the question's attention (T,)."""
+    is_image = model.image_tokens(ids)[None]
+    frames, per_frame = remembered_frames(model.config, memory.frames), memory.shape.per_frame
+    tokens = model.remember(memory.tokens)
+    kept = model.forget(tokens, [frames])
+    text = model.model.embed_tokens(ids.masked_fill(is_image[0], 0))
+    visual, mass = kept.tokens, tokens.new_zeros(memory.frames, dtype=torch.float32)
+    if options.memaug:
+        span = frames * (per_frame + 1)
+        rows, stream = query_stream(is_image, query_mask[None], kept.position_ids, kept.lengths, [span])
+        # The question's own rows say what it looked for; the kept tokens' rows mostly look around themselves.
+        asked = (~rows.visual & (rows.rank > rows.visual.nonzero().max())).to(torch.float32)
+        weight = asked if options.use_memory and bool(asked.any()) else None
+        use = MemoryUse(options.use_memory, options.budget_pages, weight)
+        augmented, page_mass = model.model.vision_resampler(
+            torch.cat([text, kept.tokens])[rows.order], stream, _pages(model, memory, tokens), use
+        )
+        visual = augmented[rows.visual]
+        if page_mass is not None:
+            mass = _mass_of_seconds(page_mass, frames, memory)
+    rows = interleave(is_image, ~is_image, kept.lengths)
+    return torch.cat([text, visual])[rows.order][None], mass
+
+
+def _pages(model: "HourLlavaForConditionalGeneration", memory: VideoMemory, tokens: Tensor) -> list[MemoryPages]:
+    """The memory's own pages; for a video shorter than the model remembers, pages of its repeated frames."""
+    if len(tokens) == memory.frames:
+        return memory.pages
+    newline = model.model.image_newline.expand(len(tokens), -1)
+    layout = batch_layout([len(tokens)], memory.shape.per_frame, tokens.device)
+    return model.model.vision_resampler.write(torch.cat([tokens.flatten(0, 1), newline]), layout)
+
+
+def _mass_of_seconds(page_mass: Tensor, frames: int, memory: VideoMemory) -> Tensor:
+    """Spread each page's attention evenly over its rows and sum by second, newlines left out: (T,), summing to 1."""
+    per_frame = memory.shape.per_frame
+    slots, _ = frame_slots(torch.arange(frames, device=page_mass.device), per_frame)
+    page = slots[: frames * per_frame] // PAGE_SIZE
+    share = page_mass.to(torch.float32) / torch.bincount(page, minlength=len(page_mass)).clamp(min=1)
+    by_frame = share[page].view(frames, per_frame).sum(1)
+    second = torch.arange(memory.frames, device=page_mass.device)
+    if frames != memory.frames:
+        second = spread_frames(memory.frames, frames).to(page_mass.device)
+    mass = page_mass.new_zeros(memory.frames, dtype=torch.float32).index_add(0, second[:frames], by_frame)
+    return (mass / mass.sum().clamp(min=torch.finfo(mass.dtype).tiny)).cpu()
+
+
+def find_moments(mass: Tensor, limit: int = 5) -> list[Moment]:
+    """Runs of seconds that stand out of a share of attention over time (T,): at least twice the mean and a quarter of
+    the peak. The runs with the largest shares come first, `limit` of them at most."""
+    if not bool(mass.any()):
+        return []
+    strong = (mass >= 2 * mass.mean()) & (mass >= mass.max() / 4) | (mass == mass.max())
+    outside = torch.zeros(1, dtype=torch.int8)
+    edges = torch.diff(strong.to(torch.int8), prepend=outside, append=outside)
+    starts, ends = (edges == 1).nonzero()[:, 0], (edges == -1).nonzero()[:, 0]
+    total = torch.cat([mass.new_zeros(1), mass.cumsum(0)])
+    shares = total[ends] - total[starts]
+    order = shares.sort(descending=True, stable=True).indices[:limit].tolist()
+    return [Moment(float(starts[i]), float(ends[i]), float(shares[i])) for i in order]

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Watching: frames flow from the decoder through the tower into the pages of a memory, a few at a time."""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hourllava.errors import ModelError, VideoError
+from hourllava.memory import MemoryShape, VideoMemory
+from hourllava.video import VideoReader, open_video, resize_frames
+
+from .memaug import rotary_frequencies
+
+if TYPE_CHECKING:
+    from .modeling import HourLlavaForConditionalGeneration
+
+# Frames in one pass through the tower. A pass costs the same however few frames it is given, so that a frame's numbers
+# never depend on its neighbours; more frames a pass would make short appends dearer without making long ones faster.
+BATCH = 8
+
+Source = str | os.PathLike[str] | Tensor | Iterable[Tensor]
+
+
+class FrameWriter:
+    """Makes memory of frames with one model's tower, projector and key/value projections."""
+
+    batch = BATCH
+
+    def __init__(self, model: "HourLlavaForConditionalGeneration") -> None:
+        config, weight = model.config, model.model.image_newline
+        if config.vision_config is None:
+            raise ModelError("model", "it was built without a vision tower", "use a model with one to watch videos")
+        decoder = config.text_config
+        head_dim = decoder.hidden_size // decoder.num_attention_heads
+        patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+        self.model = model
+        self.device = weight.device
+        self.shape = MemoryShape(
+            per_frame=min(patches, config.video_grid**2),
+            width=decoder.hidden_size,
+            blocks=config.memaug_depth,
+            kv_heads=decoder.num_key_value_heads,
+            head_dim=head_dim,
+            dtype=weight.dtype,
+        )
+        self.inv_freq = rotary_frequencies(decoder, weight.device)
+
+    def fingerprint(self) -> str:
+        return memory_fingerprint(self.model)
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """Projected tokens (n, N, C) of uint8 frames (n, 3, H, W)."""
+        size = self.model.config.vision_config.image_size
+        if frames.shape[-2:] != (size, size):
+            frames = resize_frames(frames, size)
+        return torch.stack(self.model.encode_videos([frames], None)).flatten(0, 1)
+
+    def keys_values(self, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
+        newlines = self.model.model.image_newline.expand(len(tokens), -1)
+        rows = torch.cat([tokens.flatten(0, 1), newlines])
+        return [block.cross_attn.keys_values(rows) for block in self.model.model.vision_resampler.layers]
+
+
+def memory_fingerprint(model: "HourLlavaForConditionalGeneration") -> str:
+    """Hash of the weights and settings that a memory's contents come from; computed again only if they changed."""
+    inner = model.model
+    parts = {"projector": inner.mm_projector, "tower": inner.vision_tower}
+    named = {f"{part}.{k}": v for part, module in parts.items() if module for k, v in module.named_parameters()}
+    named["newline"] = inner.image_newline
+    for number, block in enumerate(inner.vision_resampler.layers):
+        named |= {f"{number}.{k}": v for k, v in block.cross_attn.Wkv.named_parameters()}
+    state = tuple((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in named.values())
+    cached = getattr(model, "_memory_fingerprint", None)
+    if cached is None or cached[0] != state:
+        settings = (model.config.video_grid, model.config.text_config.rope_parameters["rope_theta"])
+        digest = hashlib.sha256(repr(settings).encode())
+        for name, tensor in sorted(named.items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        cached = model._memory_fingerprint = (state, digest.hexdigest())
+    return cached[1]
+
+
+@torch.no_grad()
+def watch(
+    model: "HourLlavaForConditionalGeneration",
+    source: Source,
+    progress: bool = True,
+    on_chunk: Callable[[VideoMemory], None] | None = None,
+) -> VideoMemory:
+    """See `HourLlavaForConditionalGeneration.watch`."""
+    writer = FrameWriter(model)
+    memory = VideoMemory(writer.shape, writer.fingerprint(), writer.device)
+    memory.attach(writer)
+    reader = open_video(source) if isinstance(source, str | os.PathLike) else None
+    expected = reader.frames_expected if reader else len(source) if isinstance(source, Tensor) else None
+    if expected:
+        memory.reserve(expected)
+    chunks = _chunks(source if reader is None else reader, model.config.vision_config.image_size)
+    with tqdm(total=expected, unit="s", desc="watching", disable=not progress) as bar:
+        while True:
+            started = time.perf_counter()
+            frames = next(chunks, None)
+            memory.timings["decode"] += time.perf_counter() - started
+            if frames is None:
+                break
+            memory.append(frames)
+            bar.update(len(frames))
+            if on_chunk is not None:
+                on_chunk(memory)
+    if reader is not None:
+        memory.damage = reader.report.message
+    if memory.frames == 0:
+        raise VideoError("video", "it holds no frame", "give at least one frame")
+    return memory
+
+
+def _chunks(source: VideoReader | Tensor | Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    if isinstance(source, VideoReader):
+        return (chunk.frames for chunk in source.chunks(size, chunk=4 * BATCH))
+    if isinstance(source, Tensor):
+        return iter(source.split(4 * BATCH))
+    return iter(source)

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A memory's file: whole or as it was before, and never wrong without saying so."""
+
+import contextlib
+import resource
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hourllava.errors import MemoryFileError
+from hourllava.memory.storage import read_memory_file, write_memory_file
+
+NOTES = {"model": "abc", "damage": ""}
+
+
+def make_tensors(fill=1.0):
+    return {"tokens": torch.full((3, 4, 8), fill), "pages": torch.arange(64, dtype=torch.bfloat16).view(2, 32)}
+
+
+def test_round_trip(tmp_path):
+    write_memory_file(tmp_path / "film.memory", make_tensors(), NOTES)
+    tensors, notes = read_memory_file(tmp_path / "film.memory")
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in make_tensors().items())
+    assert notes.items() >= NOTES.items()
+    assert [path.name for path in tmp_path.iterdir()] == ["film.memory"]
+
+
+def test_every_flipped_byte_is_noticed(tmp_path):
+    path = tmp_path / "film.memory"
+    write_memory_file(path, make_tensors(), NOTES)
+    sound = path.read_bytes()
+    for place in range(len(sound)):
+        damaged = bytearray(sound)
+        damaged[place] ^= 0x11
+        path.write_bytes(damaged)
+        with pytest.raises(MemoryFileError) as caught:
+            read_memory_file(path)
+        assert "\n" not in str(caught.value)
+        assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.3, 0.9, 0.999])
+def test_truncated(tmp_path, share):
+    path = tmp_path / "film.memory"
+    write_memory_file(path, make_tensors(), NOTES)
+    sound = path.read_bytes()
+    path.write_bytes(sound[: int(len(sound) * share)])
+    with pytest.raises(MemoryFileError, match="watch the video again"):
+        read_memory_file(path)
+
+
+def test_other_files(tmp_path):
+    with pytest.raises(MemoryFileError, match="there is no such file"):
+        read_memory_file(tmp_path / "none.memory")
+    with pytest.raises(MemoryFileError, match="it is a directory"):
+        read_memory_file(tmp_path)
+    (tmp_path / "notes.txt").write_text("these are my notes on the film, and no memory of it")
+    with pytest.raises(MemoryFileError, match="not a memory file"):
+        read_memory_file(tmp_path / "notes.txt")
+    save_file(make_tensors(), tmp_path / "weights.safetensors")
+    with pytest.raises(MemoryFileError, match="not a memory file"):
+        read_memory_file(tmp_path / "weights.safetensors")
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """No file may grow beyond `size` bytes meanwhile, as if the disk were full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 100, 500, 900])
+def test_full_disk_leaves_the_old_file(tmp_path, size):
+    path = tmp_path / "film.memory"
+    write_memory_file(path, make_tensors(), NOTES)
+    before = path.read_bytes()
+    assert len(before) > 900
+    with full_disk(size), pytest.raises(MemoryFileError, match="cannot be written") as caught:
+        write_memory_file(path, make_tensors(2.0), NOTES)
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["film.memory"]
+
+
+@pytest.mark.parametrize("step", ["save_file", "_flush", "os.replace"])
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError])
+def test_interruption_between_steps_leaves_the_old_file(tmp_path, monkeypatch, step, interruption):
+    path = tmp_path / "film.memory"
+    write_memory_file(path, make_tensors(), NOTES)
+    before = path.read_bytes()
+
+    def interrupted(*_, **__):
+        raise interruption
+
+    monkeypatch.setattr(f"hourllava.memory.storage.{step}", interrupted)
+    with pytest.raises(MemoryFileError if interruption is OSError else KeyboardInterrupt):
+        write_memory_file(path, make_tensors(2.0), NOTES)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["film.memory"]
+
+
+def test_folder_that_is_not_there(tmp_path):
+    with pytest.raises(MemoryFileError, match="cannot be written"):
+        write_memory_file(tmp_path / "none" / "film.memory", make_tensors(), NOTES)

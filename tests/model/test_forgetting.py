@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forgetting: the original's frames, and picks that never depend on how a video was taken in."""
+
+import numpy as np
+import pytest
+import torch
+
+from hourllava.model import tiny_config
+from hourllava.model.forgetting import kept_frames, spatial_picks, spread_frames
+
+
+def test_frames_are_numpys_linspace():
+    for frames in [*range(1, 700), 3600, 7200, 19_999]:
+        for count in {1, 2, 32, 128, max(1, frames // 4), 512}:
+            expected = np.linspace(0, frames - 1, count, dtype=int)
+            assert spread_frames(frames, count).tolist() == expected.tolist(), (frames, count)
+
+
+@pytest.mark.parametrize(("frames", "kept"), [(1, 1), (7, 1), (8, 2), (128, 32), (600, 150), (3600, 512)])
+def test_number_of_kept_frames(frames, kept):
+    assert len(kept_frames(tiny_config(max_kept_frames=512), frames)) == kept
+
+
+def test_uniform_picks_are_every_second_row_and_column():
+    picks = spatial_picks(tiny_config(), torch.arange(3), 64)
+    rows, columns = np.meshgrid(range(0, 8, 2), range(0, 8, 2), indexing="ij")
+    assert picks.tolist() == [(rows * 8 + columns).ravel().tolist()] * 3
+
+
+def test_random_picks_depend_on_seed_frame_and_grid_only():
+    config = tiny_config(spatial_forgetting="random")
+    picks = spatial_picks(config, torch.arange(1000), 64)
+    assert picks.shape == (1000, 16)
+    assert bool((picks.diff(dim=1) > 0).all())
+    chosen = torch.tensor([999, 3, 500])
+    assert torch.equal(spatial_picks(config, chosen, 64), picks[chosen])
+    other = spatial_picks(tiny_config(spatial_forgetting="random", forgetting_seed=1), torch.arange(1000), 64)
+    assert float((other == picks).float().mean()) < 0.2
+    # Every patch is picked about a quarter of the time: 250 times, give or take four deviations of 13.7.
+    counts = torch.bincount(picks.flatten(), minlength=64)
+    assert 195 < int(counts.min()) <= int(counts.max()) < 305
+    # Neighbouring frames share a quarter of their picks, as independent draws do.
+    shared = (picks[1:, :, None] == picks[:-1, None]).any(-1).float().mean()
+    assert float(shared) == pytest.approx(0.25, abs=0.02)
+
+
+def test_random_count_is_rounded_up():
+    assert spatial_picks(tiny_config(spatial_forgetting="random"), torch.arange(2), 729).shape == (2, 183)
+
+
+def test_unknown_rule():
+    with pytest.raises(ValueError, match="must be 'uniform' or 'random'"):
+        tiny_config(spatial_forgetting="none")

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models from directories: what is saved comes back, and what is not whole says so in one line."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny_model import make_model
+from transformers import AutoModelForImageTextToText
+
+import hourllava
+from hourllava.errors import HourLlavaError, ModelError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_model().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_saved_model_comes_back_with_its_tokenizer(folder):
+    frames = torch.randint(0, 256, (9, 3, 64, 64), dtype=torch.uint8)
+    answers = []
+    for model in (make_model(), hourllava.load_model(folder), AutoModelForImageTextToText.from_pretrained(folder)):
+        answers.append(model.ask(model.watch(frames, progress=False), "What is it?"))
+    assert answers[0].top_tokens == answers[1].top_tokens == answers[2].top_tokens
+
+
+def test_no_such_model(tmp_path):
+    with pytest.raises(ModelError, match="there is no such model") as caught:
+        hourllava.load_model(tmp_path / "none")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_file_is_missing(folder, file):
+    (folder / file).unlink()
+    with pytest.raises(ModelError, match=f"{file} is missing"):
+        hourllava.load_model(folder)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_file_is_damaged(folder, file):
+    whole = (folder / file).read_bytes()
+    (folder / file).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError) as caught:
+        hourllava.load_model(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_exports_are_lazy_and_whole():
+    code = "import hourllava, sys; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
+    assert [getattr(hourllava, name).__name__ for name in hourllava.__all__] == hourllava.__all__
+    assert issubclass(ModelError, HourLlavaError)
+    with pytest.raises(AttributeError, match="has no attribute"):
+        hourllava.nothing  # noqa: B018
