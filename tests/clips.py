@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 SIDE = 64
+CLIP_SECONDS = 20  # of the clip that fixtures give
 CELLS = 4  # the picture is a 4 x 4 board, white for a one: a 16-bit number that survives any codec and resize
 
 

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`hourllava ask`: watch a video or open a memory, ask, and show answers with their evidence."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hourllava.cli.watch import check_output, take_in, warn_of_loss
+from hourllava.errors import HourLlavaError, QuestionError
+
+if TYPE_CHECKING:
+    from hourllava.memory import VideoMemory
+    from hourllava.model import Answer
+
+
+@dataclass(frozen=True)
+class AskRequest:
+    """One call of `hourllava ask`."""
+
+    video: Path
+    questions: list[str]
+    model: str
+    plot: Path | None
+    json: bool
+    progress: bool
+
+
+def ask(request: AskRequest) -> bool:
+    """Answer on stdout, as text or JSON; True if part of the video was lost.
+
+    Raises:
+        HourLlavaError: anything that keeps the questions from being answered.
+    """
+    for number, question in enumerate(request.questions, 1):
+        if not question.strip():
+            raise QuestionError(f"question {number}", "it is empty", "ask something about the video")
+    if request.plot:
+        check_output(request.plot)
+        if request.plot.suffix.lower() != ".png":
+            raise HourLlavaError(request.plot, "the picture is written as PNG", "let its name end in .png")
+    from hourllava.model import load_model
+
+    model = load_model(request.model)
+    memory, times = take_in(model, request.video, request.progress)
+    answers = [model.ask(memory, question) for question in request.questions]
+    if request.plot:
+        from hourllava.cli.plot import plot_attention
+
+        plot_attention(request.plot, list(zip(request.questions, answers, strict=True)), request.video.name)
+    if request.json:
+        print(json.dumps(_document(request, memory, times, answers), ensure_ascii=False))
+    else:
+        from hourllava.cli.text import print_answers, print_times
+
+        print_answers(request.questions, answers)
+        totals = {f"question {i}": answer.timings["total"] for i, answer in enumerate(answers, 1)}
+        print_times(times | totals)
+    return warn_of_loss(memory)
+
+
+def _document(
+    request: AskRequest, memory: "VideoMemory", times: dict[str, float], answers: list["Answer"]
+) -> dict[str, Any]:
+    """Everything that the text shows, and the whole curve of attention, for machines."""
+    return {
+        "video": str(request.video),
+        "model": request.model,
+        "seconds": memory.frames,
+        "damage": memory.damage,
+        "watch": times,
+        "plot": str(request.plot) if request.plot else None,
+        "answers": [
+            {
+                "question": question,
+                "answer": answer.text,
+                "moments": [{"start": m.start, "end": m.end, "share": m.share} for m in answer.moments],
+                "mass": [round(share, 8) for share in answer.mass.tolist()],
+                "likely": [{"token": token, "probability": p} for token, p in answer.top_tokens],
+                "timings": {stage: took for stage, took in answer.timings.items() if stage != "total"},
+            }
+            for question, answer in zip(request.questions, answers, strict=True)
+        ],
+    }

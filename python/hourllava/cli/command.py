@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads the command line, runs one subcommand, and turns what went wrong into one line and an exit code.
+
+Nothing heavy is imported before a subcommand runs, so that help and usage errors come at once.
+"""
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from hourllava.errors import HourLlavaError
+
+EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_LOSS, EXIT_INTERRUPTED, EXIT_PIPE = 0, 1, 2, 3, 130, 141
+EPILOG = """\
+exit codes: 0 all went well; 1 it could not be done, one line on stderr says why and what to do; 2 wrong usage;
+3 done, but part of the video could not be read, as one line on stderr says; 130 interrupted."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; usage errors exit with 2, as argparse does."""
+    args = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a name or question in another encoding is no reason to fail
+    try:
+        code = args.run(args)
+        sys.stdout.flush()  # a reader that has gone away shows here and not at exit
+        return code
+    except HourLlavaError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("hourllava: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
+    except OSError as error:
+        what = error.filename or "system"
+        return _fail(f"{what}: {error.strerror or error}; free some space, or check the path and its permissions")
+    except MemoryError:
+        return _fail("memory: this machine has too little for it; close other programs, or use a shorter video")
+    except ImportError as error:
+        return _fail(f"{' '.join(str(error).split())}; `hourllava doctor` says what is missing")
+
+
+def _fail(line: str) -> int:
+    print(f"hourllava: {line}", file=sys.stderr)
+    return EXIT_ERROR
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "hourllava", description="Ask questions about hour-long video.", epilog=EPILOG, formatter_class=raw
+    )
+    parser.add_argument("--version", action="version", version=f"hourllava {_version()}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_ask(commands)
+    _add_watch(commands)
+    _add_train(commands)
+    _add_evaluate(commands)
+    doctor = commands.add_parser("doctor", help="say what is installed, which kernels are live, and what is missing")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _add_ask(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    ask = commands.add_parser(
+        "ask",
+        help="answer questions about a video",
+        epilog=EPILOG,
+        description=(
+            "Watch a video once and answer questions about it: each answer with the moments its attention rests on."
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    ask.add_argument("video", metavar="VIDEO", type=Path, help="a video file, or a memory that `hourllava watch` saved")
+    ask.add_argument("questions", metavar="QUESTION", nargs="+", help="what to ask")
+    ask.add_argument("--plot", metavar="PNG", type=Path, help="draw attention over time into this file")
+    ask.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+    _add_model(ask)
+    _add_progress(ask)
+    ask.set_defaults(run=_ask)
+
+
+def _add_watch(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    watch = commands.add_parser(
+        "watch",
+        help="watch a video and save its memory",
+        epilog=EPILOG,
+        description=(
+            "Watch a video once and save its memory; `hourllava ask MEMORY QUESTION...` then answers without the video."
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    watch.add_argument("video", metavar="VIDEO", type=Path, help="a video file")
+    watch.add_argument("-o", "--output", metavar="MEMORY", type=Path, required=True, help="the file to write")
+    _add_model(watch)
+    _add_progress(watch)
+    watch.set_defaults(run=_watch)
+
+
+def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    train = commands.add_parser(
+        "train",
+        help="train a model by a recipe",
+        description=("Train a model from nothing. Stages that the output folder already holds are not repeated."),
+    )
+    train.add_argument("recipe", metavar="RECIPE", help="`tiny` is the model in the package")
+    train.add_argument(
+        "-o", "--output", metavar="DIR", type=Path, help="where to save it (default: build/train/RECIPE)"
+    )
+    train.set_defaults(run=_train)
+
+
+def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    evaluate = commands.add_parser("evaluate", help="measure accuracy on held-out films of one hour")
+    evaluate.add_argument("--videos", metavar="N", type=_positive, default=20, help="how many films (default: 20)")
+    _add_model(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="tiny", help="a preset or a model's directory (default: tiny)")
+
+
+def _add_progress(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--progress", action="store_true", help="show the progress bar even if stderr is no terminal")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _version() -> str:
+    try:
+        return version("hourllava")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def _ask(args: argparse.Namespace) -> int:
+    from hourllava.cli.ask import AskRequest, ask
+
+    progress = args.progress or sys.stderr.isatty()
+    questions = [question.encode(errors="replace").decode() for question in args.questions]
+    lost = ask(AskRequest(args.video, questions, args.model, args.plot, args.json, progress))
+    return EXIT_LOSS if lost else EXIT_OK
+
+
+def _watch(args: argparse.Namespace) -> int:
+    from hourllava.cli.watch import watch
+
+    lost = watch(args.video, args.output, args.model, args.progress or sys.stderr.isatty())
+    return EXIT_LOSS if lost else EXIT_OK
+
+
+def _train(args: argparse.Namespace) -> int:
+    from hourllava.train import run
+
+    print(run(args.recipe, args.output or Path("build/train") / args.recipe))
+    return EXIT_OK
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from hourllava.evaluate import main as evaluate
+
+    return evaluate(videos=args.videos, model=args.model)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from hourllava.cli.doctor import doctor
+
+    return EXIT_OK if doctor() else EXIT_ERROR

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers and times for people: tables on a terminal, plain lines in a pipe."""
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from hourllava.video import clock
+
+if TYPE_CHECKING:
+    from hourllava.model import Answer, Moment
+
+SHOWN_MOMENTS = 3
+
+
+def span(moment: "Moment") -> str:
+    """The seconds of a moment as a player shows them: 12:04, or 12:04-12:06 where it lasts longer than one."""
+    first, last = clock(moment.start), clock(max(moment.start, moment.end - 1))
+    return first if first == last else f"{first}-{last}"
+
+
+def print_answers(questions: list[str], answers: list["Answer"]) -> None:
+    """Each question with its answer and the moments that the answer rests on."""
+    console = Console()
+    rows = [
+        (question, answer.text, ", ".join(f"{span(m)} ({m.share:.0%})" for m in answer.moments[:SHOWN_MOMENTS]))
+        for question, answer in zip(questions, answers, strict=True)
+    ]
+    if not console.is_terminal:
+        for question, answer, moments in rows:
+            print(f"{question}\n  {answer}\n  rests on {moments or 'nothing'}")
+        return
+    table = Table("question", "answer", "attention rests on")
+    for question, answer, moments in rows:
+        table.add_row(escape(question), f"[bold]{escape(answer)}[/]", moments)
+    console.print(table)
+
+
+def print_times(times: dict[str, float]) -> None:
+    """The seconds that each stage took."""
+    console = Console()
+    if not console.is_terminal:
+        print("\n".join(f"{stage}: {took:.2f} s" for stage, took in times.items()))
+        return
+    table = Table("stage", "seconds")
+    table.columns[1].justify = "right"
+    for stage, took in times.items():
+        table.add_row(stage, f"{took:.2f}")
+    console.print(table)

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`hourllava watch`, and what it shares with `ask`: opening a video or a memory, and checking outputs beforehand."""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hourllava.errors import HourLlavaError
+
+if TYPE_CHECKING:
+    from hourllava.memory import VideoMemory
+    from hourllava.model import HourLlavaForConditionalGeneration
+
+# What the memory calls its stages, and what a reader calls them.
+STAGES = {"decode": "decode", "encode": "encode", "write": "memory"}
+
+
+def watch(video: Path, output: Path, model_name: str, progress: bool) -> bool:
+    """Watch ``video``, save its memory to ``output`` and print what it took; True if part of the video was lost.
+
+    Raises:
+        HourLlavaError: anything that keeps the memory from being written.
+    """
+    check_output(output)
+    from hourllava.cli.text import print_times
+    from hourllava.model import load_model
+    from hourllava.video import clock
+
+    memory, times = take_in(load_model(model_name), video, progress)
+    began = time.perf_counter()
+    memory.save(output)
+    times["save"] = time.perf_counter() - began
+    print(f"{output}: the memory of {clock(memory.frames)} of {video}, {output.stat().st_size / 1e6:.1f} MB")
+    print_times(times)
+    return warn_of_loss(memory)
+
+
+def take_in(
+    model: "HourLlavaForConditionalGeneration", source: Path, progress: bool
+) -> tuple["VideoMemory", dict[str, float]]:
+    """The memory of a video file, or the one that a memory file holds, and the seconds that each stage took.
+
+    Raises:
+        HourLlavaError: the file is neither, or cannot be read.
+    """
+    from hourllava.memory import VideoMemory
+
+    if is_memory_file(source):
+        began = time.perf_counter()
+        memory = VideoMemory.load(source)
+        model.attach(memory)
+        return memory, {"load": time.perf_counter() - began}
+    memory = model.watch(source, progress=progress)
+    return memory, {word: memory.timings[stage] for stage, word in STAGES.items()}
+
+
+def is_memory_file(path: Path) -> bool:
+    """Whether a file begins as safetensors files do: 8 bytes of header length, then a JSON object."""
+    try:
+        with path.open("rb") as file:
+            return file.read(10)[8:] == b'{"'
+    except OSError:
+        return False  # the reader of videos says what is wrong with it
+
+
+def check_output(path: Path) -> None:
+    """Refuse an output that could not be written, before hours of work and not after.
+
+    Raises:
+        HourLlavaError: the path is a directory, or its folder is missing or not writable.
+    """
+    folder = path.parent
+    if path.is_dir():
+        raise HourLlavaError(path, "is a directory", "name a file inside it")
+    if not folder.is_dir():
+        raise HourLlavaError(path, f"there is no folder {folder}", "make it first, or choose another place")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise HourLlavaError(path, "there is no permission to write there", "choose another place")
+
+
+def warn_of_loss(memory: "VideoMemory") -> bool:
+    """Say in one line on stderr what of the video could not be read, if anything; True if there was."""
+    if memory.damage:
+        print(f"hourllava: {memory.damage}", file=sys.stderr)
+    return bool(memory.damage)

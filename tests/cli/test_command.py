@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every bad input: one line on stderr, an exit code, no traceback. And the commands that only hand over."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from clips import CLIP_SECONDS, cut, damage, write_tone
+
+from hourllava.cli import main
+
+QUESTION = "Which colour was the star?"
+
+
+def refused(arguments: list[str], capfd: pytest.CaptureFixture[str], code: int = 1) -> str:
+    """Run the command and return the one line that it prints."""
+    assert main(arguments) == code
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("hourllava: ")
+    assert err.endswith("\n")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.fixture
+def bad_file(request: pytest.FixtureRequest, tmp_path: Path, clip: str) -> str:
+    path = tmp_path / "film.mp4"
+    match request.param:
+        case "directory":
+            path.mkdir()
+        case "text":
+            path.write_text("Dear diary.\n" * 100)
+        case "empty":
+            path.touch()
+        case "sound":
+            write_tone(path)
+        case "no index":
+            data = Path(clip).read_bytes()
+            path.write_bytes(data[: data.index(b"moov") - 4])
+    return str(path)
+
+
+BAD_FILES = {
+    "missing": "there is no such file",
+    "directory": "is a directory",
+    "text": "is not a video",
+    "empty": "is empty",
+    "sound": "no video, only audio",
+    "no index": "moov",
+}
+
+
+@pytest.mark.parametrize("bad_file", BAD_FILES, indirect=True)
+@pytest.mark.parametrize("command", ["ask", "watch"])
+def test_what_is_no_video(
+    bad_file: str,
+    command: str,
+    model: str,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    rest = [QUESTION] if command == "ask" else ["-o", str(tmp_path / "film.memory")]
+    line = refused([command, bad_file, *rest, "--model", model], capfd)
+    assert bad_file in line
+    assert BAD_FILES[request.node.callspec.params["bad_file"]] in line
+    assert not (tmp_path / "film.memory").exists()
+
+
+@pytest.mark.parametrize("how", ["cut", "damaged"])
+def test_what_is_left_of_a_video_is_used(
+    how: str, clip: str, model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "film.mp4"
+    if how == "cut":
+        cut(Path(clip), path, 0.7)
+    else:
+        damage(Path(clip), path, Path(clip).stat().st_size // 5)
+    assert main(["ask", str(path), QUESTION, "--model", model]) == 3
+    out, err = capfd.readouterr()
+    assert QUESTION in out
+    assert err.count("\n") == 1
+    assert f"of {CLIP_SECONDS} seconds are lost" in err
+    memory = tmp_path / "film.memory"
+    assert main(["watch", str(path), "-o", str(memory), "--model", model]) == 3
+    capfd.readouterr()
+    assert main(["ask", str(memory), QUESTION, "--model", model]) == 3  # the memory remembers what is missing
+    assert f"of {CLIP_SECONDS} seconds are lost" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("where", [0.0, 0.001, 0.5, 0.999])
+def test_memory_with_a_flipped_byte(
+    where: float, clip: str, model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "film.memory"
+    assert main(["watch", clip, "-o", str(path), "--model", model]) == 0
+    capfd.readouterr()
+    data = bytearray(path.read_bytes())
+    data[int(where * len(data))] ^= 4
+    path.write_bytes(data)
+    assert str(path) in refused(["ask", str(path), QUESTION, "--model", model], capfd)
+
+
+def test_memory_of_another_model(
+    clip: str, model: str, other_model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "film.memory"
+    assert main(["watch", clip, "-o", str(path), "--model", model]) == 0
+    capfd.readouterr()
+    assert "another model" in refused(["ask", str(path), QUESTION, "--model", other_model], capfd)
+
+
+@pytest.mark.parametrize("question", ["", "  \n"])
+def test_empty_question(question: str, clip: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert "question 2: it is empty" in refused(["ask", clip, QUESTION, question], capfd)
+
+
+@pytest.mark.parametrize(("place", "why"), [("absent/a", "no folder"), (".", "is a directory"), ("a.jpg", "PNG")])
+def test_bad_place_for_a_picture(
+    place: str, why: str, clip: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert why in refused(["ask", clip, QUESTION, "--plot", str(tmp_path / place)], capfd)
+
+
+@pytest.mark.parametrize(("place", "why"), [("absent/a", "no folder"), (".", "is a directory")])
+def test_bad_place_for_a_memory(
+    place: str, why: str, clip: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert why in refused(["watch", clip, "-o", str(tmp_path / place)], capfd)
+
+
+def test_model_that_is_not_there(clip: str, model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert "no such model" in refused(["ask", clip, QUESTION, "--model", str(tmp_path / "absent")], capfd)
+    part = shutil.copytree(model, tmp_path / "part")
+    (part / "model.safetensors").unlink()
+    assert "model.safetensors is missing" in refused(["ask", clip, QUESTION, "--model", str(part)], capfd)
+
+
+def test_unknown_recipe(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    line = refused(["train", "gigantic", "-o", str(tmp_path / "out")], capfd)
+    assert "gigantic" in line
+    assert "tiny" in line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["sing"], ["ask"], ["ask", "film.mp4"], ["watch", "film.mp4"], ["train"], ["evaluate", "--videos", "0"]],
+)
+def test_wrong_usage(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "usage: hourllava" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(28, "No space left on device", "film.memory"), 1, "film.memory: No space left on device"),
+        (MemoryError(), 1, "too little"),
+        (ImportError("hourllava_ext: not compiled"), 1, "hourllava doctor"),
+    ],
+)
+def test_trouble_on_the_way(
+    error: BaseException,
+    code: int,
+    said: str,
+    clip: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("hourllava.model.load_model", fail)
+    assert said in refused(["ask", clip, QUESTION], capfd, code)
+
+
+def test_train_and_evaluate_hand_over(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = []
+    monkeypatch.setattr("hourllava.train.run", lambda recipe, out: calls.append((recipe, out)) or out)
+    monkeypatch.setattr("hourllava.evaluate.main", lambda **given: calls.append(given) or 0)
+    assert main(["train", "tiny", "-o", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}\n"
+    assert main(["evaluate", "--videos", "3"]) == 0
+    assert calls == [("tiny", tmp_path), {"videos": 3, "model": "tiny"}]
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for word in (
+        "torch",
+        "transformers",
+        "CPU kernels",
+        "paged_attention",
+        "H.264",
+        "flash-attn",
+        "nvcc",
+        "CUDA device",
+    ):
+        assert word in out
+    assert "the core works" in out
+    monkeypatch.setitem(sys.modules, "hourllava_ext", None)  # as if it had not been compiled
+    assert main(["doctor"]) == 1
+    assert "MISSING hourllava_ext" in capsys.readouterr().out
+
+
+def test_help_comes_at_once() -> None:
+    """Help needs neither torch nor PyAV."""
+    code = (
+        "import sys; from hourllava.cli import main\n"
+        "try: main(['ask', '--help'])\n"
+        "except SystemExit as ended: assert ended.code == 0\n"
+        "assert not {'torch', 'av', 'transformers', 'matplotlib'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "exit codes: 0" in done.stdout
+
+
+def test_as_a_program(tmp_path: Path) -> None:
+    """A reader that has gone away is not an error worth a message."""
+    program = f"{sys.executable} -m hourllava"
+    piped = subprocess.run(f"{program} doctor | true", shell=True, capture_output=True, text=True, check=False)
+    assert piped.stderr == ""
+    missing = subprocess.run(
+        [*program.split(), "ask", str(tmp_path / "film.mp4"), ""], capture_output=True, text=True, check=False
+    )
+    assert (missing.returncode, missing.stdout) == (1, "")
+    assert missing.stderr == "hourllava: question 1: it is empty; ask something about the video\n"
