@@ -24,9 +24,5 @@ def make_model(seed: int = 0, **changes: object) -> HourLlavaForConditionalGener
     torch.manual_seed(seed)
     image_token_id = tokenizer.convert_tokens_to_ids("<image>")
     model = HourLlavaForConditionalGeneration(tiny_config(len(tokenizer), image_token_id=image_token_id, **changes))
-    # Weights of the usual size answer nearly alike whatever they see; larger ones make differences show.
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3)
     model.tokenizer = tokenizer
     return model.eval()

@@ -97,7 +97,7 @@ def test_second_question_reads_the_memory_only(monkeypatch):
     monkeypatch.setattr(model.model.vision_tower, "forward", fail)
     monkeypatch.setattr(model.model.mm_projector, "forward", fail)
     monkeypatch.setattr("hourllava.model.watching.open_video", fail)
-    for block in model.model.vision_resampler.layers:
+    for block in model.model.vision_resampler.blocks:
         monkeypatch.setattr(block.cross_attn.Wkv, "forward", fail)
     again = model.ask(memory, QUESTION)
     assert (again.text, again.top_tokens) == (first.text, first.top_tokens)

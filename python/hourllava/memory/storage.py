@@ -74,7 +74,7 @@ def read_memory_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
 
 
 def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def _header_digest(notes: dict[str, str], tensors: dict[str, Tensor]) -> str:

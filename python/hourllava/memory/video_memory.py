@@ -127,7 +127,7 @@ class VideoMemory:
         while done < len(frames):
             offset = self.frames % batch
             count = min(batch - offset, len(frames) - done)
-            self._append_batch(frames[done : done + count].to(self._writer.device), offset)
+            self._append_batch(self._writer, frames[done : done + count].to(self._writer.device), offset)
             done += count
 
     def reserve(self, frames: int) -> None:
@@ -168,7 +168,7 @@ class VideoMemory:
         keys = tensors["blocks.0.key_pages"]
         tokens = tensors["tokens"]
         blocks = sum(name.endswith("key_pages") for name in tensors)
-        shape = MemoryShape(*tokens.shape[1:], blocks, keys.shape[1], keys.shape[3], tokens.dtype)
+        shape = MemoryShape(tokens.shape[1], tokens.shape[2], blocks, keys.shape[1], keys.shape[3], tokens.dtype)
         memory = cls(shape, notes["model"], tokens.device)
         memory.frames, memory.damage = len(tokens), notes["damage"] or None
         memory._tokens, memory._page_lengths = tokens, tensors["page_lengths"]
@@ -177,9 +177,9 @@ class VideoMemory:
         memory._summaries = [tensors[f"blocks.{block}.key_summary"] for block in range(blocks)]
         return memory
 
-    def _append_batch(self, frames: Tensor, offset: int) -> None:
+    def _append_batch(self, writer: MemoryWriter, frames: Tensor, offset: int) -> None:
         """Encode and write frames of one batch; the first of them stands at `offset` in it."""
-        writer, before = self._writer, self.num_pages
+        before = self.num_pages
         started = time.perf_counter()
         whole = frames.new_zeros(writer.batch, *frames.shape[1:])
         whole[offset : offset + len(frames)] = frames
@@ -191,16 +191,16 @@ class VideoMemory:
         self._clear_pages(before, page_count(end, self.shape.per_frame))
         slots, position_ids = frame_slots(torch.arange(self.frames, end, device=frames.device), self.shape.per_frame)
         for block, keys_values in enumerate(projected):
-            key, value = (self._rows_of_frames(rows, offset, len(frames)) for rows in keys_values)
+            key, value = (self._of_frames(rows, writer.batch, offset, len(frames)) for rows in keys_values)
             pools = (self._keys[block], self._values[block], self._summaries[block], self._page_lengths)
             ext.page_write_(key, value, position_ids, slots, writer.inv_freq, *pools)
         self.frames = end
         self.timings["encode"] += encoded_at - started
         self.timings["write"] += time.perf_counter() - encoded_at
 
-    def _rows_of_frames(self, rows: Tensor, first: int, count: int) -> Tensor:
+    def _of_frames(self, rows: Tensor, batch: int, first: int, count: int) -> Tensor:
         """Of a batch's rows, first all visual and then all newline rows, those of `count` frames from `first` on."""
-        visual, newline = rows.split([len(rows) - self._writer.batch, self._writer.batch])
+        visual, newline = rows.split([len(rows) - batch, batch])
         per_frame = self.shape.per_frame
         return torch.cat([visual[first * per_frame : (first + count) * per_frame], newline[first : first + count]])
 

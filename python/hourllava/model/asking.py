@@ -79,9 +79,9 @@ def ask(model: "HourLlavaForConditionalGeneration", memory: VideoMemory, questio
         output_logits=True,
         return_dict_in_generate=True,
     )
-    text = model.tokenizer.decode(written.sequences[0], skip_special_tokens=True).strip()
+    text = str(model.tokenizer.decode(written.sequences[0], skip_special_tokens=True)).strip()
     probability, token = written.logits[0][0].float().softmax(-1).topk(TOP_TOKENS)
-    top = [(model.tokenizer.decode([t]), p) for t, p in zip(token.tolist(), probability.tolist(), strict=True)]
+    top = [(str(model.tokenizer.decode([t])), p) for t, p in zip(token.tolist(), probability.tolist(), strict=True)]
     done = time.perf_counter()
     timings = {"memaug": augmented - started, "decode_text": done - augmented, "total": done - started}
     return Answer(text, find_moments(mass), mass, timings, top)

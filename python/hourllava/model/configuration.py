@@ -33,9 +33,9 @@ class HourLlavaConfig(PreTrainedConfig):
         "vision_config": SubConfigSpec(config_class=SiglipVisionConfig, optional=True),
     }
 
-    text_config: dict | PreTrainedConfig | None = None
-    vision_config: dict | PreTrainedConfig | None = None
-    vision_width: int | None = None
+    text_config: Any = None  # Qwen2Config, or a dict to make one of
+    vision_config: Any = None  # SiglipVisionConfig, a dict to make one of, or None
+    vision_width: int = 1152
     memaug_depth: int = 4
     video_grid: int = 8
     min_frames: int = 128
@@ -55,8 +55,6 @@ class HourLlavaConfig(PreTrainedConfig):
             self.vision_config.vision_use_head = False
             self.vision_width = self.vision_config.hidden_size
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
-        if self.vision_width is None:
-            self.vision_width = SiglipVisionConfig().hidden_size
         if self.spatial_forgetting not in ("uniform", "random"):
             raise ValueError(f"spatial_forgetting is {self.spatial_forgetting!r}, but must be 'uniform' or 'random'")
 
@@ -96,12 +94,13 @@ def tiny_config(vocab_size: int = 512, **changes: Any) -> HourLlavaConfig:
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=4096,
+        initializer_range=0.1,  # about width ** -0.5: with the usual 0.02 so narrow a model attends to nothing for long
         tie_word_embeddings=True,
     )
     tower = SiglipVisionConfig(
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=3,
         num_attention_heads=2,
         image_size=64,
         patch_size=8,

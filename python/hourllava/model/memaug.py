@@ -2,6 +2,7 @@
 """MemAug: a video's kept tokens and the question's text look at each other, then at the whole memory (SPEC A.5)."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +127,11 @@ class MemAug(nn.Module):
     def write(self, tokens: Tensor, layout: PageLayout) -> list[MemoryPages]:
         """Every block's pages of memory tokens (rows, C)."""
         inv_freq = rotary_frequencies(self.config, tokens.device)
-        return [block.cross_attn.write(tokens, layout, inv_freq) for block in self.layers]
+        return [block.cross_attn.write(tokens, layout, inv_freq) for block in self.blocks]
+
+    @property
+    def blocks(self) -> list[Block]:
+        return [cast(Block, block) for block in self.layers]
 
     def forward(
         self, x: Tensor, stream: QueryStream, pages: list[MemoryPages], use: MemoryUse = MemoryUse()
@@ -145,7 +150,7 @@ class MemAug(nn.Module):
         """
         inv_freq = rotary_frequencies(self.config, x.device)
         masses = []
-        for index, block in enumerate(self.layers):
+        for index, block in enumerate(self.blocks):
             x, page_mass = block(x, stream, inv_freq, pages[index] if use.use_memory else None, use)
             masses.append(page_mass)
         return x, None if masses[0] is None else torch.stack(masses).mean(0)
@@ -169,6 +174,7 @@ def _attend_within_samples(query: Tensor, key: Tensor, value: Tensor, stream: Qu
         return x.view(batch, longest, *x.shape[1:]).transpose(1, 2)
 
     grouped = query.shape[1] != key.shape[1]
-    out = F.scaled_dot_product_attention(*map(to_batch, (query, key, value)), attn_mask=mask, enable_gqa=grouped)
+    query, key, value = to_batch(query), to_batch(key), to_batch(value)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped)
     out = out.transpose(1, 2).flatten(0, 1)
     return out if place is None else out[place]

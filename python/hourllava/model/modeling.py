@@ -5,7 +5,7 @@ lets those read the memory, and the decoder reads the augmented queries in place
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,11 @@ class KeptTokens:
     lengths: list[int]  # per sample
 
 
+def pop_video_options(kwargs: dict[str, Any]) -> VideoOptions:
+    """Move the options of `VideoOptions` out of a forward's keyword arguments."""
+    return cast(VideoOptions, {name: kwargs.pop(name) for name in VideoOptions.__annotations__ if name in kwargs})
+
+
 class HourLlavaModel(Qwen2Model):
     """The decoder's stack with the tower, projector, newline and MemAug beside it, under the original's names."""
 
@@ -65,6 +70,7 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
     `watch` and `ask`, which keep the video's memory between questions.
     """
 
+    config: HourLlavaConfig  # type: ignore[assignment]
     config_class = HourLlavaConfig
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
@@ -74,6 +80,7 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
         self.model = HourLlavaModel(config)
         self.lm_head = nn.Linear(decoder.hidden_size, decoder.vocab_size, bias=False)
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self.fingerprint_cache: tuple[tuple, str] | None = None  # see `watching.memory_fingerprint`
         self.post_init()
 
     def forward(
@@ -106,8 +113,10 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
         Raises:
             ModelError: a sample has not exactly one image token, or the model has no tower for pixels.
         """
-        options = VideoOptions({name: kwargs.pop(name) for name in VideoOptions.__annotations__ if name in kwargs})
+        options = pop_video_options(kwargs)
         if pixel_values_videos is not None or video_features is not None:
+            if input_ids is None:
+                raise ModelError("model input", "there are videos but no input_ids", "give the prompts' ids")
             video = self.encode_videos(pixel_values_videos, video_features)
             inputs_embeds, rows = self._embed(input_ids, attention_mask, labels, video, options)
             if labels is not None:
@@ -136,7 +145,7 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
         )
 
     @torch.no_grad()
-    def generate(
+    def generate(  # type: ignore[override]
         self,
         inputs: Tensor | None = None,
         pixel_values_videos: list[Tensor] | None = None,
@@ -146,17 +155,18 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
         """transformers' `generate`; videos are taken in once, before the first token, as in `forward`."""
         inputs = kwargs.pop("input_ids", inputs)
         if pixel_values_videos is None and video_features is None:
-            return super().generate(inputs, **kwargs)
-        options = VideoOptions({name: kwargs.pop(name) for name in VideoOptions.__annotations__ if name in kwargs})
+            return super().generate(inputs, **kwargs)  # type: ignore[misc]
+        options = pop_video_options(kwargs)
         video = self.encode_videos(pixel_values_videos, video_features)
         packed, rows = self._embed(inputs, kwargs.pop("attention_mask", None), None, video, options)
         embeds = pad_rows(packed, rows, 0.0, left=True)
         mask = pad_rows(torch.ones_like(rows.order), rows, 0, left=True)
-        return super().generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
+        return super().generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)  # type: ignore[misc]
 
     def encode_videos(self, pixels: list[Tensor] | None, features: list[Tensor] | None) -> list[Tensor]:
         """Projected tokens (T, N, C) of each video, from (T, 3, S, S) pixels or (T, patches, Cv) features."""
         if features is None:
+            assert pixels is not None
             if self.model.vision_tower is None:
                 raise ModelError("model", "it was built without a vision tower", "give video_features instead")
             features = list(self.model.vision_tower(torch.cat(pixels)).split([len(frames) for frames in pixels]))
@@ -173,14 +183,16 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
             ModelError: there is neither.
         """
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.config.name_or_path)
+            self._tokenizer = load_tokenizer(self.name_or_path or "")
         return self._tokenizer
 
     @tokenizer.setter
     def tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | os.PathLike[str], **kwargs: Any
+    ) -> None:
         """transformers' `save_pretrained`, with the tokenizer beside the weights if there is one."""
         super().save_pretrained(save_directory, **kwargs)
         if self._tokenizer is not None:

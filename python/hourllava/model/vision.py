@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The SigLIP tower: frames to patch features, read after the last configured layer and before any norm or head."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
@@ -11,12 +13,11 @@ class VisionTower(nn.Module):
 
     def __init__(self, config: SiglipVisionConfig) -> None:
         super().__init__()
-        self.vision_tower = nn.Module()
-        self.vision_tower.vision_model = SiglipVisionModel(config)
+        self.vision_tower = nn.ModuleDict({"vision_model": SiglipVisionModel(config)})
 
     def forward(self, frames: Tensor) -> Tensor:
         """Frames (T, 3, S, S), uint8 RGB or already normalised floats, to features (T, patches, width)."""
-        tower = self.vision_tower.vision_model
+        tower = cast(SiglipVisionModel, self.vision_tower["vision_model"])
         pixels = frames.to(tower.post_layernorm.weight.dtype)
         if frames.dtype == torch.uint8:
             pixels = pixels / 127.5 - 1

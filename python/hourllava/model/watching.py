@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Frames in one pass through the tower. A pass costs the same however few frames it is given, so that a frame's numbers
 # never depend on its neighbours; more frames a pass would make short appends dearer without making long ones faster.
-BATCH = 8
+BATCH = 16
 
 Source = str | os.PathLike[str] | Tensor | Iterable[Tensor]
 
@@ -64,7 +64,7 @@ class FrameWriter:
     def keys_values(self, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
         newlines = self.model.model.image_newline.expand(len(tokens), -1)
         rows = torch.cat([tokens.flatten(0, 1), newlines])
-        return [block.cross_attn.keys_values(rows) for block in self.model.model.vision_resampler.layers]
+        return [block.cross_attn.keys_values(rows) for block in self.model.model.vision_resampler.blocks]
 
 
 def memory_fingerprint(model: "HourLlavaForConditionalGeneration") -> str:
@@ -73,18 +73,17 @@ def memory_fingerprint(model: "HourLlavaForConditionalGeneration") -> str:
     parts = {"projector": inner.mm_projector, "tower": inner.vision_tower}
     named = {f"{part}.{k}": v for part, module in parts.items() if module for k, v in module.named_parameters()}
     named["newline"] = inner.image_newline
-    for number, block in enumerate(inner.vision_resampler.layers):
+    for number, block in enumerate(inner.vision_resampler.blocks):
         named |= {f"{number}.{k}": v for k, v in block.cross_attn.Wkv.named_parameters()}
     state = tuple((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in named.values())
-    cached = getattr(model, "_memory_fingerprint", None)
-    if cached is None or cached[0] != state:
+    if model.fingerprint_cache is None or model.fingerprint_cache[0] != state:
         settings = (model.config.video_grid, model.config.text_config.rope_parameters["rope_theta"])
         digest = hashlib.sha256(repr(settings).encode())
         for name, tensor in sorted(named.items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        cached = model._memory_fingerprint = (state, digest.hexdigest())
-    return cached[1]
+        model.fingerprint_cache = (state, digest.hexdigest())
+    return model.fingerprint_cache[1]
 
 
 @torch.no_grad()
@@ -98,11 +97,12 @@ def watch(
     writer = FrameWriter(model)
     memory = VideoMemory(writer.shape, writer.fingerprint(), writer.device)
     memory.attach(writer)
-    reader = open_video(source) if isinstance(source, str | os.PathLike) else None
-    expected = reader.frames_expected if reader else len(source) if isinstance(source, Tensor) else None
-    if expected:
-        memory.reserve(expected)
-    chunks = _chunks(source if reader is None else reader, model.config.vision_config.image_size)
+    opened = open_video(source) if isinstance(source, str | os.PathLike) else source
+    expected = opened.frames_expected if isinstance(opened, VideoReader) else None
+    if isinstance(opened, Tensor):
+        expected = len(opened)
+    memory.reserve(expected or 0)
+    chunks = _chunks(opened, model.config.vision_config.image_size)
     with tqdm(total=expected, unit="s", desc="watching", disable=not progress) as bar:
         while True:
             started = time.perf_counter()
@@ -114,8 +114,8 @@ def watch(
             bar.update(len(frames))
             if on_chunk is not None:
                 on_chunk(memory)
-    if reader is not None:
-        memory.damage = reader.report.message
+    if isinstance(opened, VideoReader):
+        memory.damage = opened.report.message
     if memory.frames == 0:
         raise VideoError("video", "it holds no frame", "give at least one frame")
     return memory
