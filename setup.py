@@ -16,17 +16,18 @@ class CMakeBuild(build_ext):
     """One CMake build in the persistent folder build/cmake, so that a second install compiles only what changed."""
 
     def build_extension(self, ext: Extension) -> None:
-        library = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = ROOT / "build" / "cmake"
         settings = {
             "TORCH_ROOT": Path(torch.__file__).parent,
-            "OUTPUT_DIR": library.parent,
             # Said anew each time: the ninja of an isolated build lives in a folder that is gone the next time.
             "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),
         }
         defines = [f"-D{name}={value}" for name, value in settings.items()]
         subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *defines], check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)
+        library = Path(self.get_ext_fullpath(ext.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(build / library.name, library)
 
 
 setup(
