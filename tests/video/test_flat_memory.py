@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Peak host memory is the same for a file of ten minutes and for one of an hour."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from clips import SIDE, board
+
+from hourllava.video import write_video
+
+MINUTES = (10, 60)
+FPS = 2
+
+# Each runs in a process of its own, since a peak is never forgotten. The model is small, but each part of it is there.
+PRELUDE = """
+import json, resource, sys
+sys.path.insert(0, sys.argv[2])
+import torch
+from tiny_model import make_model
+torch.set_num_threads(1)
+model = make_model()
+
+def finish(seconds, kept):
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print(json.dumps({"seconds": seconds, "peak": peak, "kept": kept}))
+"""
+
+# Decoder, resize, tower and projector, whose output goes nowhere.
+INTAKE = """
+from hourllava.model.watching import FrameWriter
+from hourllava.video import open_video
+writer, seconds = FrameWriter(model), 0
+with torch.no_grad():
+    for chunk in open_video(sys.argv[1]).chunks(model.config.vision_config.image_size):
+        seconds += len(chunk.frames)
+        writer.keys_values(writer.encode(chunk.frames))
+finish(seconds, 0)
+"""
+
+# All of it; what remains is the memory itself, which is the product and not a by-product, and is counted apart.
+WATCH = """
+memory = model.watch(sys.argv[1], progress=False)
+pools = [memory.tokens, memory.page_lengths]
+for block in memory.pages:
+    pools += [block.key_pages, block.value_pages, block.key_summary]
+finish(memory.frames, sum(pool.nbytes for pool in pools))
+"""
+
+
+@pytest.fixture(scope="module")
+def measure(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], dict[str, int]]:
+    folder = tmp_path_factory.mktemp("clips")
+    for minutes in MINUTES:
+        write_video(folder / f"{minutes}.mp4", (board(i) for i in range(minutes * 60 * FPS)), FPS, SIDE)
+
+    def run(code: str, minutes: int) -> dict[str, int]:
+        arguments = [str(folder / f"{minutes}.mp4"), str(Path(__file__).parents[1])]
+        program = [sys.executable, "-c", PRELUDE + code, *arguments]
+        done = subprocess.run(program, stdout=subprocess.PIPE, text=True, check=True)
+        return json.loads(done.stdout)
+
+    return run
+
+
+def test_intake_is_flat(measure: Callable[[str, int], dict[str, int]]) -> None:
+    short, long = (measure(INTAKE, minutes) for minutes in MINUTES)
+    assert [short["seconds"], long["seconds"]] == [60 * minutes for minutes in MINUTES]
+    assert long["peak"] <= 1.1 * short["peak"]
+
+
+def test_watching_adds_nothing_but_the_memory(measure: Callable[[str, int], dict[str, int]]) -> None:
+    short, long = (measure(WATCH, minutes) for minutes in MINUTES)
+    assert [short["seconds"], long["seconds"]] == [60 * minutes for minutes in MINUTES]
+    assert long["kept"] > 5 * short["kept"]
+    assert long["peak"] - long["kept"] <= 1.1 * (short["peak"] - short["kept"])
