@@ -37,11 +37,14 @@ clean:
 
 $(VENV)/.ready:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "hourllava: $(PYTHON) is missing or older than 3.10; install a newer one or name it: make PYTHON=python3.12" >&2; exit 1; }
+		{ echo "hourllava: $(PYTHON) is missing or older than 3.10;" \
+		"install a newer one, or name it: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
-		{ echo "hourllava: $(PYTHON) has no venv module; install it (Debian and Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
+		{ echo "hourllava: $(PYTHON) has no venv module;" \
+		"install it (Debian and Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
 	@command -v "$${CXX:-c++}" >/dev/null || \
-		{ echo "hourllava: no C++ compiler found; install one (Debian and Ubuntu: apt-get install g++; macOS: xcode-select --install)" >&2; exit 1; }
+		{ echo "hourllava: there is no C++ compiler ($${CXX:-c++});" \
+		"install one (Debian and Ubuntu: apt-get install g++; macOS: xcode-select --install)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --upgrade pip
 	@touch $@
