@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+import hourllava_ext as ext
 from hourllava.errors import ModelError
-from hourllava_ext import reference as ext
 
 from .pages import PAGE_SIZE, MemoryPages, frame_slots, page_count
 from .storage import read_memory_file, write_memory_file

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
+import hourllava_ext as ext
 from hourllava.memory.pages import PAGE_SIZE, MemoryPages, PageLayout
-from hourllava_ext import reference as ext
 
 from .stream import QueryStream
 

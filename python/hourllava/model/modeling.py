@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedTokenizerBase, Qwen2Model, Qwen2PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+import hourllava_ext as ext
 from hourllava.errors import ModelError
 from hourllava.memory import VideoMemory
 from hourllava.memory.pages import batch_layout
-from hourllava_ext import reference as ext
 
 from . import asking, watching
 from .asking import Answer, AskOptions
