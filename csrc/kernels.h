@@ -60,7 +60,7 @@ struct KeyframeScoreParams {
     accumulate_t<T>* score;          // (T,)
     int64_t frames;                  // T
     int64_t width;                   // C
-    int64_t window;
+    int64_t window;                  // at most T
 };
 void keyframe_score_cpu(const KeyframeScoreParams<float>&);
 void keyframe_score_cpu(const KeyframeScoreParams<double>&);

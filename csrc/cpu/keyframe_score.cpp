@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Inverse norms first, then each frame against the sum of its neighbours' unit features: O(T * window * C).
+// Inverse norms first, then each frame's cosines with its neighbours only: O(T * window * C).
 #include "cpu/common.h"
 
 namespace hourllava_ext {
@@ -17,16 +17,15 @@ ALWAYS_INLINE void norm_frames(const KeyframeScoreParams<T>& p, int64_t first, i
 template <class T>
 ALWAYS_INLINE void score_frames(const KeyframeScoreParams<T>& p, int64_t first, int64_t last) {
     using A = accumulate_t<T>;
-    const int64_t window = std::min(p.window, p.frames);
     for (int64_t t = first; t < last; ++t) {
         // The window slides inside the video: at both ends it still holds window - 1 neighbours.
-        const int64_t begin = std::clamp<int64_t>(t - p.window / 2, 0, p.frames - window);
+        const int64_t begin = std::clamp<int64_t>(t - p.window / 2, 0, p.frames - p.window);
         A sum = 0;
-        for (int64_t s = begin; s < begin + window; ++s) {
+        for (int64_t s = begin; s < begin + p.window; ++s) {
             if (s == t) continue;
             sum += p.inverse_norms[s] * dot<T>(p.features + s * p.width, p.features + t * p.width, p.width);
         }
-        p.score[t] = window < 2 ? A(0) : sum * p.inverse_norms[t] / (window - 1);
+        p.score[t] = p.window < 2 ? A(0) : sum * p.inverse_norms[t] / (p.window - 1);
     }
 }
 

@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+
 #include "ops/common.h"
 
 namespace hourllava_ext {
@@ -17,7 +19,7 @@ Tensor keyframe_score(const Tensor& features,  // (T, C)
         using T = decltype(type);
         using A = accumulate_t<T>;
         keyframe_score_cpu(KeyframeScoreParams<T>{data<T>(source), mutable_data<A>(norms), mutable_data<A>(score),
-                                                  frames, width, window});
+                                                  frames, width, std::min(window, frames)});
     });
     return score;
 }
