@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches of rendered films with questions, ready for the model's `forward`."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from hourllava.data import Film
+from hourllava.model.prompt import build_example
+
+NOISE = 5.0  # of 255: about what H.264 and resizing leave behind
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One film a sample, all of the same length."""
+
+    input_ids: Tensor  # (B, L) int64, right padded
+    attention_mask: Tensor  # (B, L)
+    labels: Tensor  # (B, L) int64
+    pixels: list[Tensor]  # B of (T, 3, S, S) float32, normalised
+
+
+class Examples:
+    """An endless, repeatable source of batches: films are numbered from ``first_film`` on and never come twice."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_size: int, seed: int, first_film: int = 0) -> None:
+        self.tokenizer = tokenizer
+        self.image_size = image_size
+        self.film = first_film
+        self.rng = np.random.default_rng([seed, first_film])
+        self.noise = NOISE * torch.randn(64, 3, image_size, image_size, generator=torch.Generator().manual_seed(seed))
+
+    def batch(self, seconds: int, size: int) -> Batch:
+        """``size`` films of ``seconds`` seconds with a question each; an image shows an event."""
+        films, pairs = [], []
+        for _ in range(size):
+            self.film += 1
+            events = 1 if seconds == 1 else int(self.rng.integers(1, min(8, max(1, seconds // 4)) + 1))
+            films.append(Film.random(self.film, max(seconds, 2), events))
+            questions = [q for q in films[-1].questions(self.rng) if seconds > 1 or "came" not in q.text]
+            # Every topic is as likely as the others, however many questions of it the film answers.
+            topic = self.rng.choice(sorted({q.topic for q in questions}))
+            chosen = self.rng.choice([i for i, q in enumerate(questions) if q.topic == topic])
+            pairs.append((questions[chosen].text, questions[chosen].answer))
+        encoded = [build_example(self.tokenizer, [pair]) for pair in pairs]
+        ids, labels = (pad_sequence(x, batch_first=True, padding_value=-1) for x in zip(*encoded, strict=True))
+        valid = ids >= 0
+        return Batch(
+            input_ids=ids.masked_fill(~valid, self.tokenizer.pad_token_id),
+            attention_mask=valid.long(),
+            labels=labels.masked_fill(~valid, -100),
+            pixels=[self._pixels(film, seconds) for film in films],
+        )
+
+    def _pixels(self, film: Film, seconds: int) -> Tensor:
+        times = range(seconds) if seconds > 1 else (film.events[0].start + int(self.rng.integers(2)),)
+        frames = torch.from_numpy(np.stack([film.frame(t, self.image_size) for t in times])).permute(0, 3, 1, 2)
+        noise = self.noise[torch.from_numpy(self.rng.integers(len(self.noise), size=len(frames)))]
+        return (frames + noise) / 127.5 - 1

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes are functions: each returns everything that a training run depends on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+PARTS = {
+    "vision_tower": "model.vision_tower.",
+    "mm_projector": "model.mm_projector.",
+    "vision_resampler": "model.vision_resampler.",
+    "language_model": "",  # whatever no other part holds: decoder, embeddings and the newline token
+}
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """``steps`` optimizer steps on batches of ``batch`` films of ``seconds`` seconds (1: an image)."""
+
+    seconds: int
+    steps: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Lessons in order under one learning-rate schedule: linear warm-up, then cosine to a twentieth."""
+
+    name: str
+    trains: tuple[str, ...]  # names of PARTS
+    lessons: tuple[Lesson, ...]
+    learning_rate: float = 1e-3
+    warmup_steps: int = 50
+    memaug: bool = True  # False: the kept tokens go straight to the decoder
+
+    @property
+    def steps(self) -> int:
+        return sum(lesson.steps for lesson in self.lessons)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model's whole training; ``tower_steps`` of tower pre-training come before the first stage."""
+
+    name: str
+    stages: tuple[Stage, ...]
+    tower_steps: int
+    seed: int = 0
+
+
+def tiny() -> Recipe:
+    """The paper's three stages in miniature, on rendered films, for two CPU cores.
+
+    The original starts from a pre-trained SigLIP and an image model; a start of the same kind is made here first: the
+    tower learns to name what each patch shows, and `base` teaches projector and decoder to talk about single images.
+    Stages 1 to 3 then train the parts that the original trains (SPEC C.1).
+    """
+    everything = tuple(PARTS)
+    return Recipe(
+        name="tiny",
+        tower_steps=600,
+        stages=(
+            Stage(
+                "base",
+                ("mm_projector", "language_model"),
+                (Lesson(1, 400, 64),),
+                learning_rate=2e-3,
+                memaug=False,
+            ),
+            Stage("s1", ("vision_resampler",), (Lesson(1, 200, 64),)),
+            Stage("s2", everything, (Lesson(4, 400, 64), Lesson(8, 300, 64), Lesson(16, 200, 48))),
+            Stage(
+                "s3",
+                ("mm_projector", "vision_resampler", "language_model"),
+                (
+                    Lesson(32, 150, 32),
+                    Lesson(64, 150, 24),
+                    Lesson(128, 150, 16),
+                    Lesson(512, 60, 6),
+                    Lesson(1800, 40, 3),
+                ),
+            ),
+        ),
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {"tiny": tiny}
