@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 INK, EVIDENCE = "#35507a", "#d1495b"
 MARKED = 3  # moments marked in each row
 ROW_INCHES = 1.7
+LABEL_WIDTH, LABEL_HEIGHT = 0.1, 0.15  # of a row
 
 
 def plot_attention(path: Path, asked: list[tuple[str, "Answer"]], title: str) -> None:
@@ -41,25 +42,10 @@ def plot_attention(path: Path, asked: list[tuple[str, "Answer"]], title: str) ->
 
 def _draw(axes: Axes, question: str, answer: "Answer") -> None:
     mass = answer.mass.numpy()
-    # The line keeps a peak of one second visible where a pixel is several seconds wide.
-    axes.stairs(mass, range(len(mass) + 1), fill=True, color=INK, linewidth=0.8)
     peak = max(float(mass.max(initial=0.0)), 1e-6)
-    for moment in answer.moments[:MARKED]:
-        height = float(mass[int(moment.start) : max(int(moment.end), int(moment.start) + 1)].max(initial=0.0))
-        middle = (moment.start + moment.end) / 2
-        axes.axvspan(moment.start, moment.end, color=EVIDENCE, alpha=0.5, linewidth=1.5)
-        axes.plot(middle, height + 0.06 * peak, marker="v", color=EVIDENCE, markersize=6, clip_on=False)
-        late = middle > 0.85 * len(mass)
-        axes.annotate(
-            f"{clock(moment.start)}  {moment.share:.0%}",
-            (middle, height + 0.06 * peak),
-            xytext=(-7 if late else 7, 0),
-            textcoords="offset points",
-            ha="right" if late else "left",
-            va="center",
-            fontsize=8,
-            color=EVIDENCE,
-        )
+    axes.stairs(mass, range(len(mass) + 1), fill=True, color=INK)
+    axes.stairs(mass, range(len(mass) + 1), color=INK, linewidth=1)  # a second that is thinner than a pixel shows, too
+    _mark_moments(axes, answer, peak)
     axes.set_title(textwrap.shorten(f"{question}  →  {answer.text}", 130), loc="left", fontsize=9, parse_math=False)
     axes.set_xlim(0, max(len(mass), 1))
     axes.set_ylim(0, 1.2 * peak)
@@ -69,3 +55,27 @@ def _draw(axes: Axes, question: str, answer: "Answer") -> None:
     axes.yaxis.set_major_locator(MaxNLocator(nbins=3))
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _mark_moments(axes: Axes, answer: "Answer", peak: float) -> None:
+    """A red band and an arrowhead for each top moment; its time and share where no larger moment's label stands."""
+    length, labels = max(len(answer.mass), 1), list[tuple[float, float]]()
+    for moment in answer.moments[:MARKED]:
+        middle = (moment.start + moment.end) / 2
+        height = float(answer.mass[int(moment.start) : int(moment.end)].max()) + 0.06 * peak
+        axes.axvspan(moment.start, moment.end, color=EVIDENCE, alpha=0.5, linewidth=1.5)
+        axes.plot(middle, height, marker="v", color=EVIDENCE, markersize=6, clip_on=False)
+        if any(abs(middle - x) < LABEL_WIDTH * length and abs(height - y) < LABEL_HEIGHT * peak for x, y in labels):
+            continue
+        labels.append((middle, height))
+        late = middle > (1 - LABEL_WIDTH) * length
+        axes.annotate(
+            f"{clock(moment.start)}  {moment.share:.0%}",
+            (middle, height),
+            xytext=(-7 if late else 7, 0),
+            textcoords="offset points",
+            ha="right" if late else "left",
+            va="center",
+            fontsize=8,
+            color=EVIDENCE,
+        )
