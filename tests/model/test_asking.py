@@ -124,24 +124,25 @@ def test_free_rows_are_never_read():
     assert not torch.isnan(model.ask(memory, QUESTION).mass).any()
 
 
-def test_evidence_adds_up_and_points_at_the_attended_page():
+def test_evidence_is_what_the_attention_rests_on():
     model = make_model()
     memory = model.watch(make_frames(90), progress=False)
     answer = model.ask(memory, QUESTION)
     assert answer.mass.shape == (90,)
     assert float(answer.mass.sum()) == pytest.approx(1, abs=1e-5)
     assert bool((answer.mass >= 0).all())
-    # Keys that answer the queries' mean direction draw the attention to their page, which holds seconds 40 and 41.
-    for pages in memory.pages:
-        pages.key_pages[pages.page_lengths > 0] *= 0.01
-    slot = 40 * 64 // 128
-    page = slot + 1  # the first newline page comes before it
-    for pages in memory.pages:
-        pages.value_pages[page] += 1
-        pages.key_pages[page] = 0
-        pages.key_pages[:page] = -1e-3
-    mass = model.ask(memory, QUESTION).mass
-    assert float(mass[40]) == pytest.approx(float(mass[41]))
+    # Make every query look for one direction, and let only the page of seconds 40 and 41 have it.
+    page = 40 * 64 // 128 + 1  # the first newline page comes before it
+    for block, pages in zip(model.model.vision_resampler.blocks, memory.pages, strict=True):
+        with torch.no_grad():
+            block.cross_attn.Wq.weight.zero_()
+            block.cross_attn.Wq.bias.fill_(1)
+        unrotated = pages.key_pages[..., pages.key_pages.shape[-1] // 2 :]
+        unrotated[:] = 0
+        unrotated[page] = 100
+    (moment,) = model.ask(memory, QUESTION).moments
+    assert (moment.start, moment.end) == (40, 42)
+    assert moment.share > 0.999
 
 
 def test_moments_are_runs_that_stand_out():

@@ -148,7 +148,9 @@ def test_initial_weights():
     model = make_model()
     assert 0.05 < float(model.model.image_newline.detach().std()) < 0.2
     block = model.model.vision_resampler.layers[0]
-    assert float(block.cross_attn.Wq.weight.detach().std()) == pytest.approx(model.config.text_config.initializer_range, rel=0.1)
+    assert float(block.cross_attn.Wq.weight.detach().std()) == pytest.approx(
+        model.config.text_config.initializer_range, rel=0.1
+    )
     assert not block.cross_attn.Wq.bias.any()
 
 

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MemAug on its own: post-norm blocks, positions, evidence, compilation."""
+
+import pytest
+import torch
+
+from hourllava.memory.pages import batch_layout
+from hourllava.model import tiny_config
+from hourllava.model.memaug import MemAug, MemoryUse, rotary_frequencies
+from hourllava.model.stream import QueryStream
+
+
+def make_case(lengths=(7, 4), frames=(5, 3), dtype=torch.float32):
+    config = tiny_config().text_config
+    memaug = MemAug(config, 2).to(dtype)
+    layout = batch_layout(list(frames), 16, torch.device("cpu"))
+    tokens = torch.randn(sum(frames) * 17, config.hidden_size, dtype=dtype)
+    queries = torch.randn(sum(lengths), config.hidden_size, dtype=dtype)
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    stream = QueryStream(torch.arange(sum(lengths)) * 3, bounds, list(lengths))
+    return memaug, queries, stream, tokens, layout
+
+
+def by_the_book(memaug, queries, stream, tokens, layout):
+    """The block of SPEC A.5 in plain torch, one sample and one head at a time."""
+    config = memaug.config
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    width = config.hidden_size // heads
+    frequencies = rotary_frequencies(config, queries.device)
+
+    def turn(x, positions):
+        angle = (positions[:, None].float() * frequencies).to(x.dtype)
+        cos, sin, half = angle.cos(), angle.sin(), len(frequencies)
+        return torch.cat(
+            [
+                x[:, :half] * cos - x[:, half : 2 * half] * sin,
+                x[:, half : 2 * half] * cos + x[:, :half] * sin,
+                x[:, 2 * half :],
+            ],
+            dim=1,
+        )
+
+    def attend(query, key, value, at, key_at):
+        out = []
+        for head in range(heads):
+            q = turn(query[:, head * width : (head + 1) * width], at)
+            shared = head // (heads // kv_heads)
+            own = slice(shared * width, (shared + 1) * width)
+            weights = (q @ turn(key[:, own], key_at).T / width**0.5).softmax(-1)
+            out.append(weights @ value[:, own])
+        return torch.cat(out, dim=1)
+
+    results = []
+    owner = torch.repeat_interleave(torch.arange(len(stream.lengths)), torch.tensor(stream.lengths))
+    for sample in range(len(stream.lengths)):
+        x, at = queries[owner == sample], stream.position_ids[owner == sample]
+        pages = layout.page_table[sample]
+        mine = torch.isin(layout.slots // 128, pages[pages >= 0])
+        memory, memory_at = tokens[mine], layout.position_ids[mine]
+        for block in memaug.layers:
+            q, k, v = block.self_attn.Wqkv(x).split([heads * width, kv_heads * width, kv_heads * width], dim=1)
+            x = block.norm1(x + block.self_attn.Wo(attend(q, k, v, at, at)))
+            k, v = block.cross_attn.Wkv(memory).split([kv_heads * width, kv_heads * width], dim=1)
+            x = block.norm2(x + block.cross_attn.Wo(attend(block.cross_attn.Wq(x), k, v, at, memory_at)))
+            x = block.norm3(x + block.mlp(x))
+        results.append(x)
+    return torch.cat(results)
+
+
+@pytest.mark.parametrize("lengths", [(7, 4), (5, 5), (9,)])
+def test_block_by_the_book(lengths):
+    memaug, queries, stream, tokens, layout = make_case(lengths, (5, 3)[: len(lengths)], torch.float64)
+    out, mass = memaug(queries, stream, memaug.write(tokens, layout))
+    assert mass is None
+    torch.testing.assert_close(out, by_the_book(memaug, queries, stream, tokens, layout), rtol=1e-6, atol=1e-6)
+
+
+def test_bfloat16_is_near_float32():
+    memaug, queries, stream, tokens, layout = make_case()
+    exact, _ = memaug(queries, stream, memaug.write(tokens, layout))
+    memaug, queries, tokens = memaug.bfloat16(), queries.bfloat16(), tokens.bfloat16()
+    rounded, _ = memaug(queries, stream, memaug.write(tokens, layout))
+    assert rounded.dtype == torch.bfloat16
+    assert float(((rounded.float() - exact).norm() / exact.norm()).detach()) < 0.02
+
+
+def test_mass_is_the_share_of_attention():
+    memaug, queries, stream, tokens, layout = make_case(lengths=(6,), frames=(40,))
+    pages = memaug.write(tokens, layout)
+    weight = torch.tensor([0, 0, 1.0, 0, 2, 0])
+    out, mass = memaug(queries, stream, pages, MemoryUse(mass_weight=weight))
+    assert mass.shape == (layout.num_pages,)
+    assert float(mass.sum()) == pytest.approx(1, abs=1e-5)
+    plain, _ = memaug(queries, stream, pages)
+    assert torch.equal(out, plain)
+    # A page whose keys are far along the queries' direction takes all the attention.
+    block = memaug.layers[0].cross_attn
+    with torch.no_grad():
+        block.Wq.weight.zero_()
+        block.Wq.bias.fill_(1.0)
+    frequencies = rotary_frequencies(memaug.config, queries.device)
+    unrotated = pages[0].key_pages.data[..., 2 * len(frequencies) :]
+    unrotated[:] = 0
+    unrotated[3] = 100
+    memaug.layers = memaug.layers[:1]
+    _, mass = memaug(queries, stream, pages[:1], MemoryUse(mass_weight=weight))
+    assert float(mass[3]) > 0.999
+
+
+def test_fullgraph_compile():
+    memaug, queries, stream, tokens, layout = make_case()
+
+    def run(queries, tokens):
+        return memaug(queries, stream, memaug.write(tokens, layout))[0]
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(queries, tokens), run(queries, tokens))
+    for function in (compiled, run):
+        memaug.zero_grad()
+        function(queries, tokens).square().sum().backward()
+        gradients = [parameter.grad.clone() for parameter in memaug.parameters()]
+        if function is compiled:
+            expected = gradients
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
