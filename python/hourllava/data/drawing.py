@@ -62,8 +62,8 @@ def landscape(name: str, day: float, tint: tuple[float, float, float], size: int
 
 def ball(canvas: np.ndarray, x: float, y: float, colour: tuple[int, int, int]) -> None:
     """A ball with a pale rim, so that it is no event."""
-    _paint(canvas, x, y, 0.075, "disc", (245, 245, 245), 1.0)
-    _paint(canvas, x, y, 0.05, "disc", colour, 1.0)
+    _paint(canvas, x, y, 0.095, "disc", (245, 245, 245), 1.0)
+    _paint(canvas, x, y, 0.07, "disc", colour, 1.0)
 
 
 def moving_shape(

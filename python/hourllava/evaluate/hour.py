@@ -79,9 +79,7 @@ def evaluate(
         film = Film.random(test.first_film + index, test.seconds)
         path = folder / f"film-{test.seconds}s-{index}.mp4"
         if not path.exists():
-            partial = path.with_suffix(".part.mp4")
-            film.write(partial, progress=False)
-            partial.replace(path)
+            film.write(path, progress=False)
         full, uniform = _watch(model, path)
         _count_kept_events(tally, model, film)
         for question in choose_questions(film, test.per_topic):

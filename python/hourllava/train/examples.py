@@ -42,7 +42,7 @@ class Examples:
             self.film += 1
             events = 1 if seconds == 1 else int(self.rng.integers(1, min(8, max(1, seconds // 4)) + 1))
             films.append(Film.random(self.film, max(seconds, 2), events))
-            questions = [q for q in films[-1].questions(self.rng) if seconds > 1 or "came" not in q.text]
+            questions = [q for q in films[-1].questions(self.rng) if q.needle or seconds > 1]
             # Every topic is as likely as the others, however many questions of it the film answers.
             topic = self.rng.choice(sorted({q.topic for q in questions}))
             chosen = self.rng.choice([i for i, q in enumerate(questions) if q.topic == topic])

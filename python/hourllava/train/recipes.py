@@ -57,7 +57,7 @@ def tiny() -> Recipe:
     everything = tuple(PARTS)
     return Recipe(
         name="tiny",
-        tower_steps=600,
+        tower_steps=1500,
         stages=(
             Stage(
                 "base",
@@ -66,8 +66,8 @@ def tiny() -> Recipe:
                 learning_rate=2e-3,
                 memaug=False,
             ),
-            Stage("s1", ("vision_resampler",), (Lesson(1, 200, 64),)),
-            Stage("s2", everything, (Lesson(4, 400, 64), Lesson(8, 300, 64), Lesson(16, 200, 48))),
+            Stage("s1", ("vision_resampler",), (Lesson(1, 200, 64),), learning_rate=2e-3),
+            Stage("s2", everything, (Lesson(4, 250, 64), Lesson(8, 300, 48), Lesson(16, 200, 32))),
             Stage(
                 "s3",
                 ("mm_projector", "vision_resampler", "language_model"),
