@@ -151,6 +151,54 @@ void merge_attention_backward_cpu(const MergeAttentionBackwardParams<double>&);
 void merge_attention_backward_cpu(const MergeAttentionBackwardParams<bfloat16>&);
 
 template <class T>
+struct PageWriteParams {
+    const T* key;                  // (M, Hkv, D), last dim dense
+    const T* value;                // (M, Hkv, D), last dim dense
+    const int64_t* position_ids;   // (M,)
+    const int64_t* slots;          // (M,), page * S + row, no two alike
+    const float* inv_freq;         // (F,), 2F <= D
+    const int64_t* touched;        // pages that hold a slot
+    T* key_pages;                  // (P, Hkv, S, D)
+    T* value_pages;                // (P, Hkv, S, D)
+    accumulate_t<T>* key_summary;  // (P, Hkv, 3, D): mean, minimum, maximum
+    const int32_t* page_lengths;   // (P,), with the new rows
+    int64_t tokens;                // M
+    int64_t heads;                 // Hkv
+    int64_t width;                 // D
+    int64_t page_size;             // S
+    int64_t frequencies;           // F
+    int64_t touched_pages;
+    int64_t key_token_stride, key_head_stride;      // in elements
+    int64_t value_token_stride, value_head_stride;  // in elements
+};
+void page_write_cpu(const PageWriteParams<float>&);
+void page_write_cpu(const PageWriteParams<double>&);
+void page_write_cpu(const PageWriteParams<bfloat16>&);
+// After page_write_cpu: the summaries of the touched pages.
+void page_write_summary_cpu(const PageWriteParams<float>&);
+void page_write_summary_cpu(const PageWriteParams<double>&);
+void page_write_summary_cpu(const PageWriteParams<bfloat16>&);
+
+template <class T>
+struct PageWriteBackwardParams {
+    const T* grad_key_pages;      // (P, Hkv, S, D)
+    const T* grad_value_pages;    // (P, Hkv, S, D)
+    const int64_t* position_ids;  // (M,)
+    const int64_t* slots;         // (M,)
+    const float* inv_freq;        // (F,)
+    T* grad_key;                  // (M, Hkv, D)
+    T* grad_value;                // (M, Hkv, D)
+    int64_t tokens;               // M
+    int64_t heads;                // Hkv
+    int64_t width;                // D
+    int64_t page_size;            // S
+    int64_t frequencies;          // F
+};
+void page_write_backward_cpu(const PageWriteBackwardParams<float>&);
+void page_write_backward_cpu(const PageWriteBackwardParams<double>&);
+void page_write_backward_cpu(const PageWriteBackwardParams<bfloat16>&);
+
+template <class T>
 struct PagedAttentionParams {
     const T* query;                      // (M, Hq, D)
     const T* key_pages;                  // (P, Hkv, S, D), rotated
