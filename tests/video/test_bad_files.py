@@ -139,6 +139,13 @@ def test_damaged_beginning(clip: Path, tmp_path: Path) -> None:
     assert reader.report.damaged == KEY_SECONDS
 
 
+def test_damaged_timestamp(tmp_path: Path) -> None:
+    """One picture that claims to come a year later does not make the video a year long."""
+    path = write_clip(tmp_path / "clip.mkv", [*range(0, 5000, 100), 365 * 86400 * 1000], Fraction(1, 1000))
+    reader = open_video(path)
+    assert numbers(reader.chunks(SIDE)) == [0, 10, 20, 30, 40]
+
+
 def test_nothing_left_to_read(tmp_path: Path) -> None:
     path = tmp_path / "clip.mp4"
     write_video(path, [board(5)], 4, SIDE)

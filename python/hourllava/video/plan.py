@@ -19,6 +19,8 @@ from av.video.stream import VideoStream
 from hourllava.errors import VideoError
 
 MAX_DEMUX_ERRORS = 100  # a container that fails this often in a row has nothing more to give
+MAX_GAP = 3600  # seconds that one picture may stay on screen; more is taken for a damaged timestamp
+MAX_SECONDS = 366 * 86400
 GONE = -1  # stands for the timestamp of a picture that is no longer in the file
 # In these files packets follow each other, so where a jump in time meets skipped bytes, packets were lost there.
 BYTES_IN_ORDER = {"matroska,webm"}
@@ -95,7 +97,7 @@ def demux(container: InputContainer, *streams: VideoStream) -> Iterator[Packet]:
                 failures = 0
                 yield packet
             return
-        except av.FFmpegError:
+        except (av.FFmpegError, IndexError):  # the latter where damage makes up a new stream halfway
             failures += 1
 
 
@@ -113,7 +115,7 @@ def is_shown(packet: Packet) -> bool:
 def make_plan(path: str | os.PathLike[str]) -> Plan:
     """Read every packet header once, decode nothing, and choose the last picture at or before each second.
 
-    Memory: 8 bytes a picture.
+    Memory: about 32 bytes a picture.
 
     Raises:
         VideoError: as :func:`open_container`, or no packet has a timestamp.
@@ -124,11 +126,13 @@ def make_plan(path: str | os.PathLike[str]) -> Plan:
         scan = _scan(container, stream, tick)
         if not scan.times:
             raise VideoError(path, "no picture in it has a timestamp", "convert it to MP4 (ffmpeg -i IN OUT.mp4)")
-        order = np.sort(np.frombuffer(scan.times, dtype=np.int64))
+        order, end = _timeline(scan, int(MAX_GAP / tick))
         start = int(order[0])
-        seconds = (scan.end[stream.index] - start) * tick
-        last_of_any = max(float(end * (container.streams[index].time_base or 0)) for index, end in scan.end.items())
-        missing = _missing(container, stream, seconds, last_of_any)
+        seconds = (end - start) * tick
+        if seconds > MAX_SECONDS:
+            why = f"its clock is damaged, it claims to last {float(seconds) / 86400:.0f} days"
+            raise VideoError(path, why, "convert it to MP4 (ffmpeg -i IN OUT.mp4)")
+        missing = _missing(container, stream, seconds, scan.last_of_any)
     targets = start + np.arange(math.ceil(seconds), dtype=np.int64) * tick.denominator // tick.numerator
     chosen = order[np.searchsorted(order, targets, side="right") - 1]
     for before in scan.holes.values():
@@ -141,33 +145,52 @@ class _Scan:
     """What the packet headers of a file say."""
 
     times: array  # presentation time of each picture, in file order
-    end: dict[int, int] = field(default_factory=dict)  # for each stream, when its last packet ends, in its ticks
-    holes: dict[int, int] = field(default_factory=dict)  # time of the packet after lost bytes: end of those before
+    stops: array  # when each leaves the screen
+    holes: dict[int, int] = field(default_factory=dict)  # time of the packet after lost bytes: stop of those before
+    last_of_any: float = 0.0  # seconds at which the last packet of any stream ends
 
 
 def _scan(container: InputContainer, stream: VideoStream, tick: Fraction) -> _Scan:
-    scan = _Scan(array("q"))
+    scan = _Scan(array("q"), array("q"))
     # A recording of a broadcast may begin between key pictures; what comes before the first cannot be decoded.
     first_key = None if container.format.name in BROADCAST else 0
     position, skipped, in_order = 0, False, container.format.name in BYTES_IN_ORDER
+    before: int | None = None
     for packet in demux(container):
-        time, index = packet_time(packet), packet.stream_index
-        if first_key is None and index == stream.index and packet.is_keyframe:
+        time = packet_time(packet)
+        if first_key is None and packet.stream_index == stream.index and packet.is_keyframe:
             first_key = time
         here = packet.pos or 0
         skipped |= in_order and packet.size > 0 and here - position > SKIPPED_BYTES
         position = here + packet.size
         if time is None or not is_shown(packet):
             continue
-        before = scan.end.get(index, time)
-        scan.end[index] = max(before, time + (packet.duration or 1))
-        if index != stream.index or first_key is None or time < first_key:
+        stop = time + (packet.duration or 1)
+        scan.last_of_any = max(scan.last_of_any, stop * packet.time_base.numerator / packet.time_base.denominator)
+        if packet.stream_index != stream.index or first_key is None or time < first_key:
             continue
-        if skipped and (time - before) * tick > CUT_TOLERANCE:
+        if skipped and before is not None and (time - before) * tick > CUT_TOLERANCE:
             scan.holes[time] = before
         skipped = False
+        before = max(stop, before or stop)
         scan.times.append(time)
+        scan.stops.append(stop)
     return scan
+
+
+def _timeline(scan: _Scan, max_gap: int) -> tuple[np.ndarray, int]:
+    """Sort the times (n,) and say when the last picture leaves the screen.
+
+    Damaged headers may hold any number: of the runs between gaps longer than ``max_gap`` only the longest counts.
+    """
+    times, stops = (np.frombuffer(column, dtype=np.int64) for column in (scan.times, scan.stops))
+    by_time = np.argsort(times, kind="stable")
+    order = times[by_time]
+    edges = np.flatnonzero(np.diff(order) > max_gap) + 1
+    runs = np.split(by_time, edges)
+    longest = max(runs, key=len)
+    last = int(times[longest[-1]])
+    return times[longest], max(last + 1, int(stops[longest][stops[longest] <= last + max_gap].max(initial=0)))
 
 
 def _missing(container: InputContainer, stream: VideoStream, seconds: Fraction, last_of_any: float) -> float:
