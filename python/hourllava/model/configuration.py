@@ -4,7 +4,6 @@
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig, Qwen2Config, SiglipVisionConfig
-from transformers.configuration_utils import SubConfigSpec
 
 # What the original puts into `input_ids` where visual tokens go (SPEC A.3).
 ORIGINAL_IMAGE_TOKEN = -200
@@ -28,10 +27,7 @@ class HourLlavaConfig(PreTrainedConfig):
     """
 
     model_type = "hour_llava"
-    sub_configs_defaults: ClassVar[dict[str, Any]] = {
-        "text_config": SubConfigSpec(config_class=Qwen2Config),
-        "vision_config": SubConfigSpec(config_class=SiglipVisionConfig, optional=True),
-    }
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": Qwen2Config, "vision_config": SiglipVisionConfig}
 
     text_config: Any = None  # Qwen2Config, or a dict to make one of
     vision_config: Any = None  # SiglipVisionConfig, a dict to make one of, or None
@@ -49,6 +45,10 @@ class HourLlavaConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if not isinstance(self.text_config, PreTrainedConfig):
+            self.text_config = Qwen2Config(**(self.text_config or {}))
+        if isinstance(self.vision_config, dict):
+            self.vision_config = SiglipVisionConfig(**self.vision_config)
         super().__post_init__(**kwargs)
         if self.vision_config is not None:
             # The tower's pooling head is never used; asking for none keeps it out of memory and of checkpoints.
