@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import hourllava_ext as ext
-from hourllava.errors import ModelError
+from hourllava.errors import MemoryFileError, ModelError
 
 from .pages import PAGE_SIZE, MemoryPages, frame_slots, page_count
 from .storage import read_memory_file, write_memory_file
@@ -54,6 +54,7 @@ class VideoMemory:
         page_lengths: (P,) int32, rows in use of every page.
         timings: seconds spent so far on "decode", "encode" and "write".
         damage: one line on what of the video could not be read, or None.
+        path: the file that the memory was loaded from, or None.
     """
 
     def __init__(self, shape: MemoryShape, fingerprint: str, device: torch.device) -> None:
@@ -62,6 +63,7 @@ class VideoMemory:
         self.frames = 0
         self.timings = {"decode": 0.0, "encode": 0.0, "write": 0.0}
         self.damage: str | None = None
+        self.path: str | None = None
         self._writer: MemoryWriter | None = None
         pages, head = (0, shape.kv_heads), (shape.kv_heads, shape.head_dim)
         blocks = range(shape.blocks)
@@ -98,15 +100,16 @@ class VideoMemory:
         """Let `append` use this model; it must be the one that the memory was made by.
 
         Raises:
-            ModelError: another model made it.
+            MemoryFileError: another model made it.
         """
         self.check_model(writer.fingerprint())
         self._writer = writer
 
     def check_model(self, fingerprint: str) -> None:
-        """Raise ModelError unless a model with this fingerprint made the memory."""
+        """Raise MemoryFileError unless a model with this fingerprint made the memory."""
         if fingerprint != self.fingerprint:
-            raise ModelError("memory", "it was made by another model", "use that model, or watch the video again")
+            todo = "use that model, or watch the video again"
+            raise MemoryFileError(self.path or "memory", "it was made by another model", todo)
 
     @torch.no_grad()
     def append(self, frames: Tensor) -> None:
@@ -170,7 +173,7 @@ class VideoMemory:
         blocks = sum(name.endswith("key_pages") for name in tensors)
         shape = MemoryShape(tokens.shape[1], tokens.shape[2], blocks, keys.shape[1], keys.shape[3], tokens.dtype)
         memory = cls(shape, notes["model"], tokens.device)
-        memory.frames, memory.damage = len(tokens), notes["damage"] or None
+        memory.frames, memory.damage, memory.path = len(tokens), notes["damage"] or None, os.fspath(path)
         memory._tokens, memory._page_lengths = tokens, tensors["page_lengths"]
         memory._keys = [tensors[f"blocks.{block}.key_pages"] for block in range(blocks)]
         memory._values = [tensors[f"blocks.{block}.value_pages"] for block in range(blocks)]

@@ -229,7 +229,8 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
 
         Raises:
             QuestionError: the question is empty.
-            ModelError: another model made the memory, or this one has no tokenizer.
+            MemoryFileError: another model made the memory.
+            ModelError: the model has no tokenizer.
         """
         return asking.ask(self, memory, question, AskOptions(max_new_tokens, **options))
 
@@ -237,7 +238,7 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
         """Let `memory.append` encode frames with this model; needed after `VideoMemory.load`.
 
         Raises:
-            ModelError: another model made the memory.
+            MemoryFileError: another model made the memory.
         """
         memory.attach(watching.FrameWriter(self))
 
