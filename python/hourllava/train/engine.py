@@ -16,7 +16,7 @@ from hourllava.errors import RecipeError
 from hourllava.model import HourLlavaForConditionalGeneration
 from hourllava.model.configuration import tiny_config
 from hourllava.train.examples import Batch, Examples
-from hourllava.train.recipes import PARTS, RECIPES, Recipe, Stage
+from hourllava.train.recipes import PARTS, RECIPES, TOWER_RATE, Recipe, Stage
 from hourllava.train.tower import pretrain_tower
 
 
@@ -69,8 +69,10 @@ def train_stage(
 ) -> list[float]:
     """Train the stage's parts through its lessons; returns the loss of every step."""
     torch.manual_seed(seed)
-    parameters = select_parts(model, stage.trains)
-    optimizer = torch.optim.AdamW(parameters, lr=stage.learning_rate, weight_decay=0.0)
+    groups = select_parts(model, stage.trains)
+    rates = {part: stage.learning_rate * (TOWER_RATE if part == "vision_tower" else 1.0) for part in groups}
+    optimizer = torch.optim.AdamW([{"params": p, "lr": rates[part]} for part, p in groups.items()], weight_decay=0.0)
+    parameters = [parameter for group in groups.values() for parameter in group]
     schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, stage.warmup_steps, stage.steps, min_lr_rate=0.05)
     examples = Examples(tokenizer, model.config.vision_config.image_size, seed, first_film=(seed + 1) * 10_000_000)
     losses = []
@@ -101,14 +103,14 @@ def train_step(model: HourLlavaForConditionalGeneration, batch: Batch, memaug: b
     return output.loss, _answers_right(output.logits, batch)
 
 
-def select_parts(model: nn.Module, names: tuple[str, ...]) -> list[nn.Parameter]:
-    """Make exactly the named parts trainable and return their parameters."""
-    chosen = []
+def select_parts(model: nn.Module, names: tuple[str, ...]) -> dict[str, list[nn.Parameter]]:
+    """Make exactly the named parts trainable and return the parameters of each."""
+    chosen: dict[str, list[nn.Parameter]] = {name: [] for name in names}
     for name, parameter in model.named_parameters():
         part = next(part for part, prefix in PARTS.items() if name.startswith(prefix))
         parameter.requires_grad_(part in names)
         if part in names:
-            chosen.append(parameter)
+            chosen[part].append(parameter)
     return chosen
 
 

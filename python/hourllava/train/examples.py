@@ -40,7 +40,8 @@ class Examples:
         films, pairs = [], []
         for _ in range(size):
             self.film += 1
-            events = 1 if seconds == 1 else int(self.rng.integers(1, min(8, max(1, seconds // 4)) + 1))
+            # The more events, the more it matters to find the one that is asked about.
+            events = int(self.rng.integers(max(1, min(8, 3 * seconds // 8)))) + 1
             films.append(Film.random(self.film, max(seconds, 2), events))
             questions = [q for q in films[-1].questions(self.rng) if q.needle or seconds > 1]
             # Every topic is as likely as the others, however many questions of it the film answers.

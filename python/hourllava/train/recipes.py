@@ -10,6 +10,7 @@ PARTS = {
     "vision_resampler": "model.vision_resampler.",
     "language_model": "",  # whatever no other part holds: decoder, embeddings and the newline token
 }
+TOWER_RATE = 0.05  # the tower's learning rate beside the resampler's, 5e-6 to 1e-4 in the original's stage 2
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def tiny() -> Recipe:
     everything = tuple(PARTS)
     return Recipe(
         name="tiny",
-        tower_steps=1500,
+        tower_steps=3500,
         stages=(
             Stage(
                 "base",
@@ -67,16 +68,16 @@ def tiny() -> Recipe:
                 memaug=False,
             ),
             Stage("s1", ("vision_resampler",), (Lesson(1, 200, 64),), learning_rate=2e-3),
-            Stage("s2", everything, (Lesson(4, 250, 64), Lesson(8, 300, 48), Lesson(16, 200, 32))),
+            Stage("s2", everything, (Lesson(4, 200, 64), Lesson(8, 350, 48), Lesson(16, 200, 32))),
             Stage(
                 "s3",
                 ("mm_projector", "vision_resampler", "language_model"),
                 (
                     Lesson(32, 150, 32),
-                    Lesson(64, 150, 24),
-                    Lesson(128, 150, 16),
-                    Lesson(512, 60, 6),
-                    Lesson(1800, 40, 3),
+                    Lesson(64, 120, 20),
+                    Lesson(128, 120, 12),
+                    Lesson(512, 50, 5),
+                    Lesson(1800, 30, 2),
                 ),
             ),
         ),
