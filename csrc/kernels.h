@@ -199,6 +199,31 @@ void page_write_backward_cpu(const PageWriteBackwardParams<double>&);
 void page_write_backward_cpu(const PageWriteBackwardParams<bfloat16>&);
 
 template <class T>
+struct RetrieveParams {
+    const T* query;                      // (M, Hq, D)
+    const int64_t* position_ids;         // (M,)
+    const int64_t* cu_seqlens;           // (B + 1,)
+    const float* inv_freq;               // (F,), 2F <= D
+    const accumulate_t<T>* key_summary;  // (P, Hkv, 3, D): mean, minimum, maximum
+    const int32_t* page_table;           // (B, W), -1 for a hole
+    const int32_t* page_lengths;         // (P,)
+    const bool* keep;                    // (P,), may be null
+    int32_t* shorter;                    // (B, K)
+    int64_t tokens;                      // M
+    int64_t query_heads;                 // Hq
+    int64_t key_heads;                   // Hkv
+    int64_t head_dim;                    // D
+    int64_t batch;                       // B
+    int64_t listed;                      // W
+    int64_t kept;                        // K
+    int64_t frequencies;                 // F
+    int64_t first_dim, last_dim;         // dims that count
+};
+void retrieve_cpu(const RetrieveParams<float>&);
+void retrieve_cpu(const RetrieveParams<double>&);
+void retrieve_cpu(const RetrieveParams<bfloat16>&);
+
+template <class T>
 struct PagedAttentionParams {
     const T* query;                      // (M, Hq, D)
     const T* key_pages;                  // (P, Hkv, S, D), rotated

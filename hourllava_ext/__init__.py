@@ -10,6 +10,7 @@ from hourllava_ext.ops import (
     page_write_,
     paged_attention,
     pool_grid,
+    retrieve,
     rope,
 )
 
@@ -21,5 +22,6 @@ __all__ = [
     "page_write_",
     "paged_attention",
     "pool_grid",
+    "retrieve",
     "rope",
 ]

@@ -50,8 +50,9 @@ inline void check_page_ranges(const char* op, const Tensor& page_table, const Te
     }
     const int32_t* lengths = data<int32_t>(page_lengths);
     for (int64_t i = 0; i < pages; ++i) {
-        check(lengths[i] >= 0 && lengths[i] <= page_size, op, ": page_lengths[", i, "] is ", lengths[i],
-              ", but a page has ", page_size, " rows");
+        check(lengths[i] >= 0, op, ": page_lengths[", i, "] is ", lengths[i], ", but an empty page has 0 rows");
+        check(lengths[i] <= page_size, op, ": page_lengths[", i, "] is ", lengths[i], ", but a page has ", page_size,
+              " rows");
     }
 }
 

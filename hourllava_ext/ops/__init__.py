@@ -7,6 +7,7 @@ from hourllava_ext.ops.merge_attention import merge_attention
 from hourllava_ext.ops.page_write import page_write, page_write_
 from hourllava_ext.ops.paged_attention import paged_attention
 from hourllava_ext.ops.pool_grid import pool_grid
+from hourllava_ext.ops.retrieve import retrieve
 from hourllava_ext.ops.rope import rope
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "page_write_",
     "paged_attention",
     "pool_grid",
+    "retrieve",
     "rope",
 ]

@@ -293,7 +293,7 @@ def test_bad_ranges() -> None:
     error(r"page_table\[1, 2\] is 6, but page ids go from 0 to 5", "page_table", (1, 2), 6)
     error(r"page_table\[0, 1\] is -2, but page ids go from 0 to 5", "page_table", (0, 1), -2)
     error(r"page_lengths\[3\] is 129, but a page has 128 rows", "page_lengths", (3,), 129)
-    error(r"page_lengths\[3\] is -1, but a page has 128 rows", "page_lengths", (3,), -1)
+    error(r"page_lengths\[3\] is -1, but an empty page has 0 rows", "page_lengths", (3,), -1)
     error("cu_seqlens must go from 0 to the number of queries 14, got 1 to 14", "cu_seqlens", (0,), 1)
     error("cu_seqlens must go from 0 to the number of queries 14, got 0 to 13", "cu_seqlens", (2,), 13)
     error("cu_seqlens must not decrease, got 15 then 14", "cu_seqlens", (1,), 15)
