@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from av.packet import Packet
 from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
 from hourllava.errors import VideoError
@@ -63,6 +64,7 @@ class VideoReader:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self._plan: Plan = make_plan(path)
+        self._convert = VideoReformatter()  # one for all pictures: setting it up takes longer than a picture
         self._given = self._damaged = 0
         self._can_miss = False  # a picture that does not come out is a lost one
 
@@ -121,7 +123,7 @@ class VideoReader:
         """Give ``shown`` for each of these seconds; where another was chosen, that one was lost to damage."""
         if not len(chosen):
             return
-        square = _to_square(shown, size)
+        square = _to_square(shown, size, self._convert)
         for time in chosen.tolist():
             self._damaged += time == GONE or (self._can_miss and time != shown.pts)
             yield square
@@ -208,8 +210,9 @@ def _has_time(frame: VideoFrame) -> bool:
     return frame.pts is not None
 
 
-def _to_square(frame: VideoFrame, size: int) -> Tensor:
+def _to_square(frame: VideoFrame, size: int, convert: VideoReformatter) -> Tensor:
     """Convert to RGB, turn as the file's display matrix says, and resize: (3, size, size) uint8."""
-    picture = torch.from_numpy(frame.to_ndarray(format="rgb24"))  # (H, W, 3)
-    turned = picture.rot90(round(frame.rotation / 90))  # counter-clockwise
+    picture = torch.from_numpy(convert.reformat(frame, format="rgb24").to_ndarray())  # (H, W, 3)
+    turns = round(frame.rotation / 90)  # counter-clockwise
+    turned = picture.rot90(turns) if turns else picture
     return resize_frames(turned.permute(2, 0, 1)[None], size)[0]
