@@ -24,6 +24,8 @@ def test_round_trip(tmp_path):
     assert all(torch.equal(tensors[name], tensor) for name, tensor in make_tensors().items())
     assert notes.items() >= NOTES.items()
     assert [path.name for path in tmp_path.iterdir()] == ["film.memory"]
+    (tmp_path / "other").touch()
+    assert (tmp_path / "film.memory").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_every_flipped_byte_is_noticed(tmp_path):

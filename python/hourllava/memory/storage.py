@@ -33,7 +33,10 @@ def write_memory_file(path: str | os.PathLike[str], tensors: dict[str, Tensor], 
     notes["sha256"] = _header_digest(notes, tensors)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
+        temporary.touch()
+        usual = temporary.stat().st_mode
         save_file(tensors, temporary, metadata=notes)
+        temporary.chmod(usual)  # safetensors makes files that only their owner may read
         _flush(temporary)
         os.replace(temporary, target)
         _flush(target.parent)
