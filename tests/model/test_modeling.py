@@ -199,3 +199,14 @@ def test_pixels_without_a_tower(model):
 def test_text_without_video(model):
     ids = torch.randint(4, 64, (2, 6))
     assert model(ids, labels=ids).logits.shape == (2, 6, 64)
+
+
+def test_training_under_autocast(model):
+    ids, labels, _ = make_sample(1, 1)
+    arguments = {"labels": labels[None], "pixel_values_videos": [torch.rand(9, 3, 64, 64)]}
+    exact = model(ids[None], **arguments).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(ids[None], **arguments).loss
+    loss.backward()
+    torch.testing.assert_close(loss, exact, rtol=0.03, atol=0.03)
+    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters())

@@ -311,9 +311,8 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
             patches = torch.cat([pick[chosen] for pick, chosen in zip(picks, kept, strict=True)]).to(torch.int64)
         count = torch.tensor(frames)
         first = (count.cumsum(0) - count).repeat_interleave(torch.tensor([len(k) for k in kept])).to(memory.device)
-        tokens, position_ids = ext.forget(
-            memory, torch.cat(kept) + first, patches.contiguous(), self.model.image_newline
-        )
+        newline = self.model.image_newline.to(memory.dtype)  # under autocast, tokens are narrower than weights
+        tokens, position_ids = ext.forget(memory, torch.cat(kept) + first, patches.contiguous(), newline)
         position_ids = position_ids - first[:, None] * (per_frame + 1)
         lengths = [len(k) * tokens.shape[1] for k in kept]
         return KeptTokens(tokens.flatten(0, 1), position_ids.flatten(), lengths)
