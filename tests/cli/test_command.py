@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from clips import CLIP_SECONDS, cut, damage, write_tone
+from clips import CLIP_SECONDS, SIDE, board, cut, damage, write_tone
 
 from hourllava.cli import main
+from hourllava.video import write_video
 
 QUESTION = "Which colour was the star?"
 
@@ -89,6 +90,17 @@ def test_what_is_left_of_a_video_is_used(
     capfd.readouterr()
     assert main(["ask", str(memory), QUESTION, "--model", model]) == 3  # the memory remembers what is missing
     assert f"of {CLIP_SECONDS} seconds are lost" in capfd.readouterr().err
+
+
+def test_a_single_picture_is_a_video_of_one_second(
+    model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "film.mp4"
+    write_video(path, [board(7)], 4, SIDE)
+    assert main(["ask", str(path), QUESTION, "--model", model]) == 0
+    out, err = capfd.readouterr()
+    assert "rests on 00:00 (100%)" in out
+    assert err == ""
 
 
 @pytest.mark.parametrize("where", [0.0, 0.001, 0.5, 0.999])
@@ -229,7 +241,7 @@ def test_help_comes_at_once() -> None:
 def test_as_a_program(tmp_path: Path) -> None:
     """A reader that has gone away is not an error worth a message."""
     program = f"{sys.executable} -m hourllava"
-    piped = subprocess.run(f"{program} doctor | true", shell=True, capture_output=True, text=True, check=False)
+    piped = subprocess.run(f"{program} ask --help | true", shell=True, capture_output=True, text=True, check=False)
     assert piped.stderr == ""
     missing = subprocess.run(
         [*program.split(), "ask", str(tmp_path / "film.mp4"), ""], capture_output=True, text=True, check=False

@@ -22,14 +22,15 @@ exit codes: 0 all went well; 1 it could not be done, one line on stderr says why
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; usage errors exit with 2, as argparse does."""
-    args = _parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a name or question in another encoding is no reason to fail
     try:
-        code = args.run(args)
-        sys.stdout.flush()  # a reader that has gone away shows here and not at exit
-        return code
+        try:
+            args = _parser().parse_args(argv)
+            return args.run(args)
+        finally:
+            sys.stdout.flush()  # a reader that has gone away shows here and not at exit
     except HourLlavaError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
