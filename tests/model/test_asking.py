@@ -252,3 +252,14 @@ def test_time_instruction_reaches_the_prompt(monkeypatch):
     monkeypatch.setattr("hourllava.model.asking.build_prompt", build)
     model.ask(memory, QUESTION)
     assert asked[0].startswith("The video lasts for 6.00 seconds, and 6 frames")
+
+
+def test_bfloat16_model(tmp_path):
+    model, video = make_model(), make_frames(40)
+    exact = model.ask(model.watch(video, progress=False), QUESTION)
+    memory = model.bfloat16().watch(video, progress=False)
+    assert memory.tokens.dtype == torch.bfloat16
+    memory.save(tmp_path / "film.memory")
+    answer = model.ask(VideoMemory.load(tmp_path / "film.memory"), QUESTION)
+    assert answer.mass.dtype == torch.float32
+    torch.testing.assert_close(answer.mass, exact.mass, rtol=0, atol=0.02)

@@ -15,7 +15,7 @@ from hourllava.memory.pages import PAGE_SIZE, batch_layout, frame_slots
 from .forgetting import remembered_frames, spread_frames
 from .memaug import MemoryUse
 from .prompt import build_prompt, time_instruction
-from .stream import interleave, query_stream
+from .stream import Interleaved, interleave, query_stream
 from .watching import memory_fingerprint
 
 if TYPE_CHECKING:
@@ -104,10 +104,7 @@ def _prefill(
     if options.memaug:
         span = frames * (per_frame + 1)
         rows, stream = query_stream(is_image, query_mask[None], kept.position_ids, kept.lengths, [span])
-        # The question's own rows say what it looked for; the kept tokens' rows mostly look around themselves.
-        asked = (~rows.visual & (rows.rank > rows.visual.nonzero().max())).to(torch.float32)
-        weight = asked if options.use_memory and bool(asked.any()) else None
-        use = MemoryUse(options.use_memory, options.budget_pages, weight)
+        use = MemoryUse(options.use_memory, options.budget_pages, _evidence_rows(rows) if options.use_memory else None)
         augmented, page_mass = model.model.vision_resampler(
             torch.cat([text, kept.tokens])[rows.order], stream, _pages(model, memory, tokens), use
         )
@@ -116,6 +113,11 @@ def _prefill(
             mass = _mass_of_seconds(page_mass, frames, memory)
     rows = interleave(is_image, ~is_image, kept.lengths)
     return torch.cat([text, visual])[rows.order][None], mass
+
+
+def _evidence_rows(rows: Interleaved) -> Tensor:
+    """How much each query row counts as evidence: the question's own rows say what it looked for, (M,) float32."""
+    return (~rows.visual & (rows.rank > rows.visual.nonzero().max())).to(torch.float32)
 
 
 def _pages(model: "HourLlavaForConditionalGeneration", memory: VideoMemory, tokens: Tensor) -> list[MemoryPages]:
