@@ -19,10 +19,11 @@ _WORDINGS = {
     "action": ("Which way did the {shape} move?", "In which direction did the {shape} go?"),
     "scene": ("In which scene did the {shape} appear?", "Which scene was the {shape} in?"),
     "event": ("Which shape appeared in the {landscape}?", "What shape was seen in the {landscape}?"),
-    "ball": ("Which colour was the ball?", "What colour did the ball have?"),
     "first scene": ("Which scene came first?", "In which scene did the video begin?"),
     "last scene": ("Which scene came last?", "In which scene did the video end?"),
 }
+# The tokenizer knows words for the ball, which rolls through every film to distract and is not asked about.
+_ABOUT_THE_BALL = ("Which colour was the ball?", "What colour did the ball have?")
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,6 @@ def ask_about(film: "Film", rng: np.random.Generator | None = None) -> list[Ques
         Question("event", word("event", landscape=event.landscape), event.shape, True, event.start)
         for event in _alone_in_their_scene(film)
     ]
-    questions.append(Question("object", word("ball"), film.ball, False))
     if len(film.scenes) > 1:
         questions.append(Question("scene", word("first scene"), film.scenes[0].landscape, False))
         questions.append(Question("scene", word("last scene"), film.scenes[-1].landscape, False))
@@ -94,7 +94,7 @@ def vocabulary() -> list[str]:
     """Every sentence pattern filled with every name: the text that the tiny tokenizer is trained on."""
     answers = possible_answers()
     lines = [answer for topic in TOPICS for answer in answers[topic]]
-    for wordings in _WORDINGS.values():
+    for wordings in (*_WORDINGS.values(), _ABOUT_THE_BALL):
         for wording in wordings:
             lines += [wording.format(shape=s, landscape=g) for s in answers["event"] for g in answers["scene"]]
     return lines

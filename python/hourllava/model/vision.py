@@ -15,9 +15,13 @@ class VisionTower(nn.Module):
         super().__init__()
         self.vision_tower = nn.ModuleDict({"vision_model": SiglipVisionModel(config)})
 
+    @property
+    def model(self) -> SiglipVisionModel:
+        return cast(SiglipVisionModel, self.vision_tower["vision_model"])
+
     def forward(self, frames: Tensor) -> Tensor:
         """Frames (T, 3, S, S), uint8 RGB or already normalised floats, to features (T, patches, width)."""
-        tower = cast(SiglipVisionModel, self.vision_tower["vision_model"])
+        tower = self.model
         pixels = frames.to(tower.post_layernorm.weight.dtype)
         if frames.dtype == torch.uint8:
             pixels = pixels / 127.5 - 1

@@ -16,6 +16,7 @@ from hourllava.errors import RecipeError
 from hourllava.model import HourLlavaForConditionalGeneration
 from hourllava.model.configuration import tiny_config
 from hourllava.train.examples import Batch, Examples
+from hourllava.train.grounding import Grounding
 from hourllava.train.recipes import PARTS, RECIPES, TOWER_RATE, Recipe, Stage
 from hourllava.train.tower import pretrain_tower
 
@@ -35,7 +36,7 @@ def run(recipe_name: str, out_dir: str | Path) -> Path:
     except OSError as error:
         raise RecipeError(f"output {out_dir}", f"it cannot be written ({error.strerror})", "give another -o") from error
     tokenizer = build_tokenizer()
-    model = None
+    model: HourLlavaForConditionalGeneration | None = None
     for number, stage in enumerate(recipe.stages):
         done = out_dir / stage.name
         if (done / "model.safetensors").exists():
@@ -44,6 +45,7 @@ def run(recipe_name: str, out_dir: str | Path) -> Path:
         model = _new_model(recipe, tokenizer) if model is None else model
         train_stage(model, tokenizer, stage, seed=recipe.seed + number)
         model.save_pretrained(done)
+    assert model is not None  # every recipe has a stage
     model.save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)
     return out_dir
@@ -82,7 +84,7 @@ def train_stage(
         hits: list[float] = []
         for _ in progress:
             batch = examples.batch(lesson.seconds, lesson.batch)
-            loss, right = train_step(model, batch, stage.memaug)
+            loss, right = train_step(model, batch, stage)
             _update(parameters, optimizer, schedule, loss)
             losses.append(loss.item())
             hits.append(right)
@@ -91,16 +93,17 @@ def train_stage(
     return losses
 
 
-def train_step(model: HourLlavaForConditionalGeneration, batch: Batch, memaug: bool) -> tuple[Tensor, float]:
-    """Loss of a batch, and the share of its answer tokens that are predicted right."""
-    output = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        labels=batch.labels,
-        pixel_values_videos=batch.pixels,
-        memaug=memaug,
-    )
-    return output.loss, _answers_right(output.logits, batch)
+def train_step(model: HourLlavaForConditionalGeneration, batch: Batch, stage: Stage) -> tuple[Tensor, float]:
+    """Loss of a batch, and the share of its answers whose first token is predicted right."""
+    with Grounding(model, batch.answer_frames) as grounding:
+        output = model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            labels=batch.labels,
+            pixel_values_videos=batch.pixels,
+            memaug=stage.memaug,
+        )
+    return output.loss + stage.grounding * grounding.loss(), _answers_right(output.logits, batch)
 
 
 def select_parts(model: nn.Module, names: tuple[str, ...]) -> dict[str, list[nn.Parameter]]:

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from hourllava.data import Film
+from hourllava.data.film import EVENT_SECONDS
 from hourllava.model.prompt import build_example
 
 NOISE = 5.0  # of 255: about what H.264 and resizing leave behind
@@ -23,6 +24,7 @@ class Batch:
     attention_mask: Tensor  # (B, L)
     labels: Tensor  # (B, L) int64
     pixels: list[Tensor]  # B of (T, 3, S, S) float32, normalised
+    answer_frames: list[list[int]]  # per sample, the frames that show the answer; empty if no short event does
 
 
 class Examples:
@@ -37,25 +39,30 @@ class Examples:
 
     def batch(self, seconds: int, size: int) -> Batch:
         """``size`` films of ``seconds`` seconds with a question each; an image shows an event."""
-        films, pairs = [], []
+        films, asked = [], []
         for _ in range(size):
             self.film += 1
             # The more events, the more it matters to find the one that is asked about.
             events = int(self.rng.integers(max(1, min(8, 3 * seconds // 8)))) + 1
             films.append(Film.random(self.film, max(seconds, 2), events))
-            questions = [q for q in films[-1].questions(self.rng) if q.needle or seconds > 1]
-            # Every topic is as likely as the others, however many questions of it the film answers.
-            topic = self.rng.choice(sorted({q.topic for q in questions}))
-            chosen = self.rng.choice([i for i, q in enumerate(questions) if q.topic == topic])
-            pairs.append((questions[chosen].text, questions[chosen].answer))
-        encoded = [build_example(self.tokenizer, [pair]) for pair in pairs]
-        ids, labels = (pad_sequence(x, batch_first=True, padding_value=-1) for x in zip(*encoded, strict=True))
+            questions = films[-1].questions(self.rng)
+            # However many questions of it a film answers, every topic is as likely as the others, and so is what lasts.
+            topics = [q.topic if q.needle else "lasting" for q in questions]
+            topic = self.rng.choice(sorted(set(topics)))
+            chosen = self.rng.choice([i for i, t in enumerate(topics) if t == topic])
+            asked.append(questions[chosen])
+        encoded = [build_example(self.tokenizer, [(q.text, q.answer)]) for q in asked]
+        ids, labels = (pad_sequence(list(x), batch_first=True, padding_value=-1) for x in zip(*encoded, strict=True))
         valid = ids >= 0
         return Batch(
             input_ids=ids.masked_fill(~valid, self.tokenizer.pad_token_id),
             attention_mask=valid.long(),
             labels=labels.masked_fill(~valid, -100),
             pixels=[self._pixels(film, seconds) for film in films],
+            answer_frames=[
+                [] if q.second is None or seconds == 1 else list(range(q.second, q.second + EVENT_SECONDS))
+                for q in asked
+            ],
         )
 
     def _pixels(self, film: Film, seconds: int) -> Tensor:

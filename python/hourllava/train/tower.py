@@ -27,7 +27,7 @@ def pretrain_tower(tower: VisionTower, steps: int, image_size: int, learning_rat
     downloaded tower's tokens do.
     """
     sizes = [len(SHAPES) + 1, *(len(names) for names in _NAMES[1:])]
-    head = nn.Linear(tower.vision_tower.vision_model.config.hidden_size, sum(sizes))
+    head = nn.Linear(tower.model.config.hidden_size, sum(sizes))
     parameters = [*tower.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, min(50, steps), steps, min_lr_rate=0.05)
@@ -56,15 +56,12 @@ def _rescale(tower: VisionTower, pixels: Tensor) -> None:
 
     Whatever is added to the residual stream is divided alike; the norms before each layer undo that for the layer.
     """
-    vision = tower.vision_tower.vision_model
-    added = [
-        vision.embeddings,
-        *(m for layer in vision.encoder.layers for m in (layer.self_attn.out_proj, layer.mlp.fc2)),
-    ]
+    vision = tower.model
+    layers = vision.encoder.named_parameters()
+    added = [p for name, p in layers if name.split(".")[-2] in ("out_proj", "fc2")]
     scale = tower(pixels).std()
-    for module in added:
-        for parameter in module.parameters():
-            parameter.div_(scale)
+    for parameter in (*vision.embeddings.parameters(), *added):
+        parameter.div_(scale)
 
 
 def _labelled_frames(step: int, count: int, image_size: int) -> tuple[Tensor, Tensor]:
