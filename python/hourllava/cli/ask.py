@@ -39,11 +39,14 @@ def ask(request: AskRequest) -> bool:
         check_output(request.plot)
         if request.plot.suffix.lower() != ".png":
             raise HourLlavaError(request.plot, "the picture is written as PNG", "let its name end in .png")
+    from tqdm import tqdm
+
     from hourllava.model import load_model
 
     model = load_model(request.model)
     memory, times = take_in(model, request.video, request.progress)
-    answers = [model.ask(memory, question) for question in request.questions]
+    asked = tqdm(request.questions, "answering", unit="question", disable=not request.progress)
+    answers = [model.ask(memory, question) for question in asked]
     if request.plot:
         from hourllava.cli.plot import plot_attention
 
