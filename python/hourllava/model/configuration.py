@@ -95,7 +95,7 @@ def tiny_config(vocab_size: int = 512, **changes: Any) -> HourLlavaConfig:
         num_key_value_heads=1,
         max_position_embeddings=4096,
         initializer_range=0.1,  # about width ** -0.5: with the usual 0.02 so narrow a model attends to nothing for long
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
     )
     tower = SiglipVisionConfig(
         hidden_size=64,

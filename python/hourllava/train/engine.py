@@ -62,6 +62,8 @@ def _new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> HourLlavaF
     config.text_config.eos_token_id = tokenizer.eos_token_id
     config.text_config.pad_token_id = tokenizer.pad_token_id
     model = HourLlavaForConditionalGeneration(config)
+    with torch.no_grad():  # words as loud as visual tokens: a faint question is drowned in MemAug's query stream
+        model.model.embed_tokens.weight.div_(config.text_config.initializer_range)
     pretrain_tower(model.model.vision_tower, recipe.tower_steps, config.vision_config.image_size)
     return model
 

@@ -72,7 +72,7 @@ def tiny() -> Recipe:
                 memaug=False,
             ),
             Stage("s1", ("vision_resampler",), (Lesson(1, 200, 64),), learning_rate=2e-3),
-            Stage("s2", everything, (Lesson(4, 60, 64), Lesson(8, 250, 48), Lesson(16, 250, 48)), grounding=GROUNDING),
+            Stage("s2", everything, (Lesson(4, 60, 64), Lesson(8, 200, 48), Lesson(16, 150, 48)), grounding=GROUNDING),
             Stage(
                 "s3",
                 ("mm_projector", "vision_resampler", "language_model"),
