@@ -12,7 +12,7 @@ PARTS = {
 }
 TOWER_RATE = 0.05  # the tower's learning rate beside the resampler's, 5e-6 to 1e-4 in the original's stage 2
 
-GROUNDING = 0.1  # the answer's loss is a tenth, the logarithm of an attention share of a few percent is three
+GROUNDING = 1.0  # strong: until MemAug finds the event, everything that it could say about it is a guess
 
 
 @dataclass(frozen=True)
@@ -72,18 +72,19 @@ def tiny() -> Recipe:
                 memaug=False,
             ),
             Stage("s1", ("vision_resampler",), (Lesson(1, 200, 64),), learning_rate=2e-3),
-            Stage("s2", everything, (Lesson(4, 60, 64), Lesson(8, 200, 48), Lesson(16, 150, 48)), grounding=GROUNDING),
+            Stage("s2", everything, (Lesson(4, 40, 64), Lesson(8, 200, 48), Lesson(16, 150, 48)), grounding=GROUNDING),
             Stage(
                 "s3",
                 ("mm_projector", "vision_resampler", "language_model"),
                 (
-                    Lesson(32, 100, 32),
-                    Lesson(64, 50, 20),
-                    Lesson(128, 40, 12),
-                    Lesson(512, 20, 5),
-                    Lesson(1800, 12, 2),
+                    Lesson(32, 80, 32),
+                    Lesson(64, 40, 20),
+                    Lesson(128, 30, 12),
+                    Lesson(512, 12, 5),
+                    Lesson(1800, 8, 2),
                 ),
                 learning_rate=7e-4,
+                warmup_steps=20,
                 grounding=GROUNDING,
             ),
         ),
