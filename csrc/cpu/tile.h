@@ -274,20 +274,37 @@ ALWAYS_INLINE void transpose_square(vector_t<A> (&rows)[kLanes<A>]) {
     }
 }
 
+// One square of the transpose: rows [0, count) and dims [0, width) of it exist, where Whole says that all do.
+template <bool Whole, class T, class A = accumulate_t<T>>
+ALWAYS_INLINE void pack_square(const T* rows, int64_t row, int64_t count, int64_t width, A* out, int64_t out_row) {
+    constexpr int64_t L = kLanes<A>;
+    vector_t<A> square[L];
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < L; ++i) {
+        if constexpr (Whole)
+            square[i] = load_values(rows + i * row, L);
+        else
+            square[i] = i < count ? load_values(rows + i * row, width) : vector_t<A>{};
+    }
+    transpose_square<A>(square);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < L; ++i) {
+        if (Whole || i < width) store_vector(out + i * out_row, square[i]);
+    }
+}
+
 // out (width x out_row) = transpose of rows (count x width); columns from count to the next whole vector are zero.
 template <class T, class A = accumulate_t<T>>
 ALWAYS_INLINE void pack_transposed(const T* rows, int64_t count, int64_t width, A* out, int64_t out_row) {
     constexpr int64_t L = kLanes<A>;
     for (int64_t j = 0; j < count; j += L) {
         for (int64_t d = 0; d < width; d += L) {
-            vector_t<A> square[L];
-#pragma GCC unroll 16
-            for (int64_t i = 0; i < L; ++i) {
-                square[i] = j + i < count ? load_values(rows + (j + i) * width + d, width - d) : vector_t<A>{};
-            }
-            transpose_square<A>(square);
-            const int64_t lines = std::min(L, width - d);
-            for (int64_t i = 0; i < lines; ++i) store_vector(out + (d + i) * out_row + j, square[i]);
+            const T* from = rows + j * width + d;
+            A* to = out + d * out_row + j;
+            if (j + L <= count && d + L <= width)
+                pack_square<true>(from, width, L, L, to, out_row);
+            else
+                pack_square<false>(from, width, count - j, width - d, to, out_row);
         }
     }
 }

@@ -36,8 +36,8 @@ inline void check_queries(const char* op, const Tensor& query, const Tensor& pos
 }
 
 inline void check_groups(const char* op, int64_t query_heads, int64_t key_heads) {
-    check(key_heads > 0 && query_heads % key_heads == 0, op, ": query heads must be a multiple of key heads, got ",
-          query_heads, " and ", key_heads);
+    check(key_heads > 0 && query_heads > 0 && query_heads % key_heads == 0, op,
+          ": query heads must be a multiple of key heads, got ", query_heads, " and ", key_heads);
 }
 
 // The arguments are dense CPU tensors from here on.

@@ -109,6 +109,23 @@ def test_in_place_leaves_the_rest_alone() -> None:
         assert written.nonzero().tolist() == [[1, 0], [1, 1], [1, 2], [2, 0], [2, 1]]
 
 
+def test_pool_beyond_32_bits() -> None:
+    """A pool of more than 2^31 elements, written at both ends (untouched pages take no memory)."""
+    width, page_size, count = 128, 128, 2**17 + 3
+    keys, values = (torch.empty(count, 1, page_size, width, dtype=torch.bfloat16) for _ in range(2))
+    assert keys.numel() > 2**31
+    summary, lengths = torch.zeros(count, 1, 3, width), torch.zeros(count, dtype=torch.int32)
+    rows, inv_freq = torch.randn(4, 1, width, dtype=torch.bfloat16), torch.ones(16)
+    slots = torch.tensor([0, 2**16 * page_size + 1, (count - 1) * page_size, count * page_size - 1])
+    for page in slots // page_size:
+        keys[page] = 0
+    page_write_(rows, rows, torch.zeros(4, dtype=torch.int64), slots, inv_freq, keys, values, summary, lengths)
+    assert torch.equal(keys.flatten(0, 2)[slots], rows[:, 0])
+    assert torch.equal(values.flatten(0, 2)[slots], rows[:, 0])
+    assert lengths[slots // page_size].tolist() == [1, 2, 128, 128]
+    assert torch.equal(summary[0, 0], rows[0].float().expand(3, width))
+
+
 def test_heads_of_one_projection() -> None:
     shape = Shape()
     _, _, *rest = make(shape)
