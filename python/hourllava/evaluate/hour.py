@@ -5,7 +5,6 @@ Films are rendered to MP4 files once and watched from there, as a user's video w
 """
 
 import json
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -38,12 +37,16 @@ class HourTest:
     first_film: int = HELD_OUT
 
 
+def _zeros() -> dict[str, int]:
+    return dict.fromkeys((*TOPICS, "lasting"), 0)
+
+
 @dataclass
 class Tally:
     """Right answers and questions asked, by arm and topic; "lasting" are questions that no short event answers."""
 
-    right: dict[str, dict[str, int]] = field(default_factory=lambda: {arm: defaultdict(int) for arm in ARMS})
-    asked: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    right: dict[str, dict[str, int]] = field(default_factory=lambda: {arm: _zeros() for arm in ARMS})
+    asked: dict[str, int] = field(default_factory=_zeros)
     events_kept: int = 0  # events of which forgetting kept a frame
     events: int = 0
 
