@@ -114,10 +114,22 @@ def test_original_image_token_is_understood(model):
     assert torch.equal(model(theirs[None], video_features=[feature]).logits, ours)
 
 
-def test_save_and_load_round_trip(model, tmp_path):
+def test_a_tied_head_is_stored_once(tmp_path):
+    config = tiny_config(vocab_size=64, image_token_id=IMAGE)
+    config.text_config.tie_word_embeddings = config.tie_word_embeddings = True
+    model = HourLlavaForConditionalGeneration(config)
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert set(file.keys()) == set(model.state_dict()) - {"lm_head.weight"}
+    again = HourLlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
+def test_save_and_load_round_trip(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(model.state_dict())
     again = HourLlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
     assert again.config.to_dict() | {"dtype": None, "_name_or_path": None} == again.config.to_dict() | {
         "dtype": None,
