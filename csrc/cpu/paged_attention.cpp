@@ -36,7 +36,7 @@ struct Plan {
     std::vector<Listing> listings;
     std::vector<RowTile> tiles;
     int64_t rows = 0;    // packed rows of all samples, with padding
-    int64_t width = 0;   // head_dim in whole vectors
+    int64_t width = 0;   // head_dim in whole lines
     int64_t group = 1;   // query heads a key head serves
     int64_t splits = 1;  // page ranges per tile
 
@@ -73,7 +73,7 @@ void plan_sample(const PagedAttentionParams<T>& p, int64_t b, Plan& plan) {
 template <class T>
 Plan make_plan(const PagedAttentionParams<T>& p) {
     Plan plan;
-    plan.width = round_up(p.head_dim, kLanes<accumulate_t<T>>);
+    plan.width = round_up(p.head_dim, kLine<accumulate_t<T>>);
     plan.group = p.query_heads / p.key_heads;
     for (int64_t b = 0; b < p.batch; ++b) plan_sample(p, b, plan);
     int64_t longest = 0;
@@ -92,38 +92,39 @@ Scratch<T> rotated_queries(const PagedAttentionParams<T>& p) {
 }
 
 // Packs a tile's rows of (M, Hq, D) for one key head: (rows padded to kRowStep, width), zeros in the padding.
-template <class T, class A = accumulate_t<T>>
+template <class Tile, class T, class A = accumulate_t<T>>
 ALWAYS_INLINE void pack_tile(const PagedAttentionParams<T>& p, const Plan& plan, const RowTile& tile, int64_t head,
                              const T* from, A factor, A* out) {
     for (int64_t r = 0; r < tile.rows; ++r) {
         const int64_t token = plan.token_of(tile, r), q = head * plan.group + plan.member_of(tile, r);
-        pack_rows(from + (token * p.query_heads + q) * p.head_dim, 1, p.head_dim, out + r * plan.width, factor);
+        pack_rows<Tile>(from + (token * p.query_heads + q) * p.head_dim, 1, p.head_dim, out + r * plan.width, factor);
     }
     std::fill(out + tile.rows * plan.width, out + round_up(tile.rows, kRowStep) * plan.width, A{0});
 }
 
 // Rows of a page as a packed matrix: in place where they already are one, else converted into `space`.
-template <class T, class A = accumulate_t<T>>
+template <class Tile, class T, class A = accumulate_t<T>>
 ALWAYS_INLINE Matrix<const A> packed_rows(const T* rows, int64_t count, int64_t head_dim, int64_t width, A* space) {
     if constexpr (std::is_same_v<T, A>) {
         if (head_dim == width) return {rows, width};
     }
-    pack_rows(rows, count, head_dim, space, A{1});
+    pack_rows<Tile>(rows, count, head_dim, space, A{1});
     return {space, width};
 }
 
-// scores (rows x count) = rows (rows x head_dim) columns; a long sum is cut, which lessens its rounding.
+// scores (rows x count) = rows (rows x head_dim) keys (head_dim x count); a long sum is cut, which lessens its
+// rounding.
 template <class Tile, class A>
-ALWAYS_INLINE void score(const A* rows, int64_t width, const A* columns, A* scores, int64_t count_rows, int64_t count,
+ALWAYS_INLINE void score(const A* rows, int64_t width, const A* keys, A* scores, int64_t count_rows, int64_t count,
                          int64_t head_dim) {
     constexpr int64_t kLongSum = 64;
-    const int64_t vectors = round_up(count, kLanes<A>) / kLanes<A>;
+    const int64_t columns = round_up(count, kLine<A>);
     const Matrix<A> to{scores, kBlockKeys};
-    multiply<Tile, Start::zero, A>({rows, width}, {columns, kBlockKeys}, to, count_rows, vectors,
+    multiply<Tile, Start::zero, A>({rows, width}, {keys, kBlockKeys}, to, count_rows, columns,
                                    std::min(head_dim, kLongSum));
     for (int64_t d = kLongSum; d < head_dim; d += kLongSum) {
-        multiply<Tile, Start::add, A>({rows + d, width}, {columns + d * kBlockKeys, kBlockKeys}, to, count_rows,
-                                      vectors, std::min(head_dim - d, kLongSum));
+        multiply<Tile, Start::add, A>({rows + d, width}, {keys + d * kBlockKeys, kBlockKeys}, to, count_rows, columns,
+                                      std::min(head_dim - d, kLongSum));
     }
 }
 
@@ -156,58 +157,59 @@ struct Forward {
 };
 
 // One tile of rows and what its pages have left so far.
-template <class A>
+template <class Tile, class A>
 struct TileState {
     Matrix<const A> query;
     Matrix<A> out;
-    A* largest;               // (rows,)
-    vector_t<A>* total;       // (rows,) sums kept a vector wide
-    vector_t<A>* page_total;  // (rows,) the same for the page at hand; null when no mass is asked for
+    A* largest;                     // (rows,)
+    vector_t<Tile, A>* total;       // (rows,) sums kept a vector wide
+    vector_t<Tile, A>* page_total;  // (rows,) the same for the page at hand; null when no mass is asked for
 };
 
-// Turns a strip of scores (Rows x count) into weights below the running maximum; factor gets each row's rescaling.
-template <int Rows, class A>
-ALWAYS_INLINE void soften(A* scores, int64_t count, const TileState<A>& state, int64_t first_row, A* factor) {
-    constexpr int64_t L = kLanes<A>;
-    const int64_t vectors = (count + L - 1) / L, rest = count - (vectors - 1) * L;
-    const integers_t<A> beyond = lanes_from<A>(rest);
-    const vector_t<A> nothing = vector_t<A>{} - std::numeric_limits<A>::infinity();
-    vector_t<A> before = nothing, after = nothing;  // a lane a row
+// Turns a strip of scores (Tile::rows x count) into weights below the running maximum; factor gets each row's
+// rescaling.
+template <class Tile, class A>
+ALWAYS_INLINE void soften(A* scores, int64_t count, const TileState<Tile, A>& state, int64_t first_row, A* factor) {
+    using V = vector_t<Tile, A>;
+    constexpr int64_t L = kLanes<Tile, A>;
+    const int64_t vectors = (count + L - 1) / L;
+    const integers_t<V> beyond = lanes_from<V>(count - (vectors - 1) * L);
+    const V nothing = V{} - std::numeric_limits<A>::infinity();
+    A* largest = state.largest + first_row;
 #pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r) {
+    for (int r = 0; r < Tile::rows; ++r) {
         A* line = scores + r * kBlockKeys;
         A* last = line + (vectors - 1) * L;
-        vector_t<A> most = beyond ? nothing : load_vector(last);
+        V most = beyond ? nothing : load_vector<Tile>(last);
         store_vector(last, most);
         for (int64_t v = 0; v < vectors - 1; ++v) {
-            const vector_t<A> s = load_vector(line + v * L);
+            const V s = load_vector<Tile>(line + v * L);
             most = s > most ? s : most;
         }
-        before[r] = state.largest[first_row + r];
-        after[r] = std::max(state.largest[first_row + r], largest_lane<A>(most));
+        const A before = largest[r];
+        largest[r] = std::max(before, largest_lane(most));
+        factor[r] = before - largest[r];
     }
-    const vector_t<A> shrink = exp_vector(before - after);
+    for (int r = 0; r < Tile::rows; r += L) store_vector(factor + r, exp_vector(load_vector<Tile>(factor + r)));
 #pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r) {
+    for (int r = 0; r < Tile::rows; ++r) {
         A* line = scores + r * kBlockKeys;
-        vector_t<A> sum{};
+        V sum{};
         for (int64_t v = 0; v < vectors; ++v) {
-            const vector_t<A> weight = exp_vector(load_vector(line + v * L) - after[r]);
+            const V weight = exp_vector(load_vector<Tile>(line + v * L) - largest[r]);
             store_vector(line + v * L, weight);
             sum += weight;
         }
-        const int64_t row = first_row + r;
-        state.largest[row] = after[r];
-        state.total[row] = state.total[row] * shrink[r] + sum;
-        if (state.page_total) state.page_total[row] = state.page_total[row] * shrink[r] + sum;
-        factor[r] = shrink[r];
+        V *total = state.total + first_row + r, *page_total = state.page_total + first_row + r;
+        *total = *total * factor[r] + sum;
+        if (state.page_total) *page_total = *page_total * factor[r] + sum;
     }
 }
 
-template <class A>
+template <class Tile, class A>
 struct ForwardSpace {
     Scratch<A> query, keys, values, scores;
-    Scratch<vector_t<A>> total{kTileRows}, page_total{kTileRows};
+    Scratch<vector_t<Tile, A>> total{kTileRows}, page_total{kTileRows};
     explicit ForwardSpace(int64_t width)
         : query(kTileRows * width),
           keys(width * kBlockKeys),
@@ -216,24 +218,26 @@ struct ForwardSpace {
 };
 
 template <class Tile, class T, class A = accumulate_t<T>>
-ALWAYS_INLINE void attend_page(const Forward<T>& f, const ForwardSpace<A>& space, const TileState<A>& state,
+ALWAYS_INLINE void attend_page(const Forward<T>& f, const ForwardSpace<Tile, A>& space, const TileState<Tile, A>& state,
                                int64_t rows, int64_t head, const Listing& listing) {
     const PagedAttentionParams<T>& p = f.p;
     const int64_t offset = (listing.page * p.key_heads + head) * p.page_size;
     for (int64_t begin = 0; begin < listing.length; begin += kBlockKeys) {
         const int64_t count = std::min(kBlockKeys, listing.length - begin);
-        pack_transposed(p.key_pages + (offset + begin) * p.head_dim, count, p.head_dim, space.keys.get(), kBlockKeys);
-        const Matrix<const A> values = packed_rows(p.value_pages + (offset + begin) * p.head_dim, count, p.head_dim,
-                                                   f.plan.width, space.values.get());
+        pack_transposed<Tile>(p.key_pages + (offset + begin) * p.head_dim, count, p.head_dim, space.keys.get(),
+                              kBlockKeys);
+        const Matrix<const A> values = packed_rows<Tile>(p.value_pages + (offset + begin) * p.head_dim, count,
+                                                         p.head_dim, f.plan.width, space.values.get());
         A* scores = space.scores.get();
-        A factor[Tile::rows];
+        // Read and written in whole vectors.
+        A factor[kRowStep + kLine<A>] = {};
         for (int64_t r = 0; r < rows; r += Tile::rows) {
             score<Tile>(state.query.at + r * f.plan.width, f.plan.width, space.keys.get(), scores, Tile::rows, count,
                         p.head_dim);
-            soften<Tile::rows>(scores, count, state, r, factor);
+            soften<Tile>(scores, count, state, r, factor);
             multiply_strip<Tile, Start::scale, A>({scores, kBlockKeys}, values,
-                                                  {state.out.at + r * f.plan.width, f.plan.width},
-                                                  f.plan.width / kLanes<A>, count, factor);
+                                                  {state.out.at + r * f.plan.width, f.plan.width}, f.plan.width, count,
+                                                  factor);
         }
     }
 }
@@ -248,27 +252,27 @@ struct ForwardTask {
         const Sample& s = f.plan.samples[tile.sample];
         const int64_t rows = round_up(tile.rows, kRowStep), at = f.row_index(split, head, f.plan.row_of(tile));
 
-        const ForwardSpace<A> space(f.plan.width);
-        pack_tile(f.p, f.plan, tile, head, f.turned.get(), static_cast<A>(f.p.scale), space.query.get());
-        const TileState<A> state{{space.query.get(), f.plan.width},
-                                 {f.partial.get() + at * f.plan.width, f.plan.width},
-                                 f.largest.get() + at,
-                                 space.total.get(),
-                                 f.p.mass ? space.page_total.get() : nullptr};
+        const ForwardSpace<Tile, A> space(f.plan.width);
+        pack_tile<Tile>(f.p, f.plan, tile, head, f.turned.get(), static_cast<A>(f.p.scale), space.query.get());
+        const TileState<Tile, A> state{{space.query.get(), f.plan.width},
+                                       {f.partial.get() + at * f.plan.width, f.plan.width},
+                                       f.largest.get() + at,
+                                       space.total.get(),
+                                       f.p.mass ? space.page_total.get() : nullptr};
         std::fill(state.out.at, state.out.at + rows * f.plan.width, A{0});
         std::fill(state.largest, state.largest + rows, -std::numeric_limits<A>::infinity());
-        std::fill(state.total, state.total + rows, vector_t<A>{});
+        std::fill(state.total, state.total + rows, vector_t<Tile, A>{});
         for (int64_t i = s.listings * split / splits; i < s.listings * (split + 1) / splits; ++i) {
-            if (state.page_total) std::fill(state.page_total, state.page_total + rows, vector_t<A>{});
+            if (state.page_total) std::fill(state.page_total, state.page_total + rows, vector_t<Tile, A>{});
             attend_page<Tile>(f, space, state, rows, head, f.plan.listings[s.listing_begin + i]);
             if (!state.page_total) continue;
             const int64_t stored = f.page_index(head, tile.sample, i, tile.first);
             for (int64_t r = 0; r < rows; ++r) {
                 f.page_largest.get()[stored + r] = state.largest[r];
-                f.page_total.get()[stored + r] = sum_of_lanes<A>(state.page_total[r]);
+                f.page_total.get()[stored + r] = sum_of_lanes(state.page_total[r]);
             }
         }
-        for (int64_t r = 0; r < rows; ++r) f.total.get()[at + r] = sum_of_lanes<A>(state.total[r]);
+        for (int64_t r = 0; r < rows; ++r) f.total.get()[at + r] = sum_of_lanes(state.total[r]);
     }
 };
 
@@ -431,8 +435,9 @@ struct PackTask {
         const int64_t head = task % p.key_heads;
         const RowTile& tile = w.plan.tiles[task / p.key_heads];
         const int64_t at = head * w.plan.rows + w.plan.row_of(tile);
-        pack_tile(p, w.plan, tile, head, w.turned.get(), static_cast<A>(p.scale), w.query.get() + at * w.plan.width);
-        pack_tile(p, w.plan, tile, head, w.b.grad_out, A{1}, w.grad_out.get() + at * w.plan.width);
+        pack_tile<Tile>(p, w.plan, tile, head, w.turned.get(), static_cast<A>(p.scale),
+                        w.query.get() + at * w.plan.width);
+        pack_tile<Tile>(p, w.plan, tile, head, w.b.grad_out, A{1}, w.grad_out.get() + at * w.plan.width);
         for (int64_t r = 0; r < tile.rows; ++r) {
             const int64_t token = w.plan.token_of(tile, r), q = head * w.plan.group + w.plan.member_of(tile, r);
             const T* out = p.out + (token * p.query_heads + q) * p.head_dim;
@@ -465,18 +470,19 @@ struct BackwardSpace {
           grad_scores(kBlockRows * kBlockKeys) {}
 };
 
-// Scores to weights and, in `grads`, gradients of weights to gradients of scores: (rows x count).
-template <class A>
+// Scores to weights and, in `grads`, gradients of weights to gradients of scores: (rows x count), zeros to the line's
+// end.
+template <class Tile, class A>
 ALWAYS_INLINE void differentiate(A* scores, A* grads, int64_t rows, int64_t count, const A* lse, const A* delta) {
-    constexpr int64_t L = kLanes<A>;
-    const int64_t vectors = (count + L - 1) / L;
+    using V = vector_t<Tile, A>;
+    constexpr int64_t L = kLanes<Tile, A>;
     for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t v = 0; v < vectors; ++v) {
-            A *score = scores + r * kBlockKeys + v * L, *grad = grads + r * kBlockKeys + v * L;
-            vector_t<A> weight = exp_vector(load_vector(score) - lse[r]);
-            if (v == vectors - 1) weight = lanes_from<A>(count - v * L) ? vector_t<A>{} : weight;
+        for (int64_t j = 0; j < round_up(count, kLine<A>); j += L) {
+            A *score = scores + r * kBlockKeys + j, *grad = grads + r * kBlockKeys + j;
+            V weight = exp_vector(load_vector<Tile>(score) - lse[r]);
+            if (j + L > count) weight = lanes_from<V>(count - j) ? V{} : weight;
             store_vector(score, weight);
-            store_vector(grad, weight * (load_vector(grad) - delta[r]));
+            store_vector(grad, weight * (load_vector<Tile>(grad) - delta[r]));
         }
     }
 }
@@ -486,7 +492,7 @@ template <class Tile, class T, class A = accumulate_t<T>>
 ALWAYS_INLINE void visit_sample(const Backward<T>& w, const BackwardSpace<A>& space, Matrix<const A> keys,
                                 int64_t count, int64_t head, const Slot& slot) {
     const Sample& s = w.plan.samples[slot.sample];
-    const int64_t width = w.plan.width, vectors = width / kLanes<A>, keys_padded = round_up(count, kLanes<A>);
+    const int64_t width = w.plan.width, keys_padded = round_up(count, kLine<A>);
     A *weights = space.weights.get(), *grads = space.grad_scores.get();
     for (int64_t first = 0; first < s.padded_rows(); first += kBlockRows) {
         const int64_t rows = std::min(kBlockRows, s.padded_rows() - first);
@@ -495,12 +501,12 @@ ALWAYS_INLINE void visit_sample(const Backward<T>& w, const BackwardSpace<A>& sp
         A* grad_query = w.partial.get() + (head * w.ownership.slot_rows + slot.row_begin + first) * width;
         score<Tile>(query.at, width, space.keys_across.get(), weights, rows, count, w.p.head_dim);
         score<Tile>(grad_out.at, width, space.values_across.get(), grads, rows, count, w.p.head_dim);
-        differentiate(weights, grads, rows, count, w.lse.get() + at, w.delta.get() + at);
+        differentiate<Tile>(weights, grads, rows, count, w.lse.get() + at, w.delta.get() + at);
         multiply<Tile, Start::add, A>({weights, 1, kBlockKeys}, grad_out, {space.grad_values.get(), width}, keys_padded,
-                                      vectors, rows);
-        multiply<Tile, Start::add, A>({grads, 1, kBlockKeys}, query, {space.grad_keys.get(), width}, keys_padded,
-                                      vectors, rows);
-        multiply<Tile, Start::add, A>({grads, kBlockKeys}, keys, {grad_query, width}, rows, vectors, count);
+                                      width, rows);
+        multiply<Tile, Start::add, A>({grads, 1, kBlockKeys}, query, {space.grad_keys.get(), width}, keys_padded, width,
+                                      rows);
+        multiply<Tile, Start::add, A>({grads, kBlockKeys}, keys, {grad_query, width}, rows, width, count);
     }
 }
 
@@ -520,9 +526,10 @@ ALWAYS_INLINE void differentiate_page(const Backward<T>& w, const BackwardSpace<
     for (int64_t begin = 0; begin < length; begin += kBlockKeys) {
         const int64_t count = std::min(kBlockKeys, length - begin);
         const int64_t offset = ((page * p.key_heads + head) * p.page_size + begin) * p.head_dim;
-        pack_transposed(p.key_pages + offset, count, p.head_dim, space.keys_across.get(), kBlockKeys);
-        pack_transposed(p.value_pages + offset, count, p.head_dim, space.values_across.get(), kBlockKeys);
-        const Matrix<const A> keys = packed_rows(p.key_pages + offset, count, p.head_dim, width, space.keys.get());
+        pack_transposed<Tile>(p.key_pages + offset, count, p.head_dim, space.keys_across.get(), kBlockKeys);
+        pack_transposed<Tile>(p.value_pages + offset, count, p.head_dim, space.values_across.get(), kBlockKeys);
+        const Matrix<const A> keys =
+            packed_rows<Tile>(p.key_pages + offset, count, p.head_dim, width, space.keys.get());
         std::fill(space.grad_keys.get(), space.grad_keys.get() + kBlockKeys * width, A{0});
         std::fill(space.grad_values.get(), space.grad_values.get() + kBlockKeys * width, A{0});
         for (int64_t u = w.ownership.user_begin[page]; u < w.ownership.user_begin[page + 1]; ++u) {

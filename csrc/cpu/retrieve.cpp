@@ -15,7 +15,7 @@ struct RetrieveSample {
     std::vector<int64_t> pages;  // non-empty pages of the table, ascending
     std::vector<A> log_lengths;  // of each, minus infinity in the padding
     int64_t token_begin, rows;   // rows: tokens x query heads of one key head
-    int64_t width;               // pages, in whole vectors
+    int64_t width;               // pages, in whole lines
     int64_t box_begin;           // in `boxes`
     int64_t tile_begin, tiles;   // tiles of every key head
     int64_t score_begin;         // in `scores`
@@ -45,7 +45,7 @@ struct Retrieval {
             if (page >= 0 && p.page_lengths[page] > 0) s.pages.push_back(page);
         }
         std::sort(s.pages.begin(), s.pages.end());
-        s.width = round_up(s.pages.size(), kLanes<A>);
+        s.width = round_up(s.pages.size(), kLine<A>);
         s.log_lengths.assign(s.width, -std::numeric_limits<A>::infinity());
         for (size_t i = 0; i < s.pages.size(); ++i) s.log_lengths[i] = std::log(A(p.page_lengths[s.pages[i]]));
         s.token_begin = p.cu_seqlens[b];
@@ -81,24 +81,25 @@ struct BoxTask {
 };
 
 // Adds the softmax of a row of bounds (width,) to the scores.
-template <class A>
+template <class Tile, class A>
 ALWAYS_INLINE void add_softmax(A* bounds, const RetrieveSample<A>& s, A scale, A* scores) {
-    constexpr int64_t L = kLanes<A>;
-    vector_t<A> most = vector_t<A>{} - std::numeric_limits<A>::infinity(), sum{};
+    using V = vector_t<Tile, A>;
+    constexpr int64_t L = kLanes<Tile, A>;
+    V most = V{} - std::numeric_limits<A>::infinity(), sum{};
     for (int64_t i = 0; i < s.width; i += L) {
-        const vector_t<A> weight = load_vector(bounds + i) * scale + load_vector(s.log_lengths.data() + i);
+        const V weight = load_vector<Tile>(bounds + i) * scale + load_vector<Tile>(s.log_lengths.data() + i);
         store_vector(bounds + i, weight);
         most = weight > most ? weight : most;
     }
-    const A largest = largest_lane<A>(most);
+    const A largest = largest_lane(most);
     for (int64_t i = 0; i < s.width; i += L) {
-        const vector_t<A> weight = exp_vector(load_vector(bounds + i) - largest);
+        const V weight = exp_vector(load_vector<Tile>(bounds + i) - largest);
         store_vector(bounds + i, weight);
         sum += weight;
     }
-    const A inverse = 1 / sum_of_lanes<A>(sum);
+    const A inverse = 1 / sum_of_lanes(sum);
     for (int64_t i = 0; i < s.width; i += L) {
-        store_vector(scores + i, load_vector(scores + i) + load_vector(bounds + i) * inverse);
+        store_vector(scores + i, load_vector<Tile>(scores + i) + load_vector<Tile>(bounds + i) * inverse);
     }
 }
 
@@ -129,10 +130,10 @@ struct ScoreTask {
                     line[w.dims + d] = x < 0 ? x : 0;
                 }
             }
-            multiply_strip<Tile, Start::zero, A>({signs.get(), 2 * w.dims}, box, {bounds.get(), s.width},
-                                                 s.width / kLanes<A>, 2 * w.dims);
+            multiply_strip<Tile, Start::zero, A>({signs.get(), 2 * w.dims}, box, {bounds.get(), s.width}, s.width,
+                                                 2 * w.dims);
             const A scale = 1 / std::sqrt(A(w.p.head_dim));
-            for (int64_t r = 0; r < rows; ++r) add_softmax(bounds.get() + r * s.width, s, scale, scores);
+            for (int64_t r = 0; r < rows; ++r) add_softmax<Tile>(bounds.get() + r * s.width, s, scale, scores);
         }
     }
 };
