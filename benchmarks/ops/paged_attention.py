@@ -49,9 +49,7 @@ def make(case: Case) -> Inputs:
     positions = torch.randint(0, pages * PAGE, (len(query),))
     inv_freq = 10000.0 ** -(torch.arange(width // 4) / (width // 4))
     ours = [query, key, value, table, lengths, positions, torch.arange(batch + 1) * queries, inv_freq]
-    turned = (
-        reference.rope(query.detach(), positions, inv_freq).view(batch, queries, query_heads, width).transpose(1, 2)
-    )
+    turned = reference.rope(query.detach(), positions, inv_freq).view(batch, queries, query_heads, width)
     rows = [p.detach()[table].transpose(2, 3).flatten(1, 2).transpose(1, 2) for p in (key, value)]
     wide = [r.repeat_interleave(query_heads // key_heads, 1) for r in rows]
     return Inputs(ours, [t.contiguous().requires_grad_() for t in (turned.transpose(1, 2), *wide)])
