@@ -41,3 +41,7 @@ class RecipeError(HourLlavaError):
 
 class QuestionError(HourLlavaError):
     """A question cannot be asked, because it is empty."""
+
+
+class InputError(HourLlavaError):
+    """What a model is given does not fit together, cannot be seen, or is too long; names the sample or the image."""

@@ -7,6 +7,10 @@ from transformers import PreTrainedConfig, Qwen2Config, SiglipVisionConfig
 
 # What the original puts into `input_ids` where visual tokens go (SPEC A.3).
 ORIGINAL_IMAGE_TOKEN = -200
+FORGETTING_RULES = {
+    "temporal_forgetting": ("uniform", "random", "keyframe", "question"),
+    "spatial_forgetting": ("uniform", "random"),
+}
 
 
 class HourLlavaConfig(PreTrainedConfig):
@@ -21,7 +25,12 @@ class HourLlavaConfig(PreTrainedConfig):
         min_frames: shorter videos are remembered as this many frames, with repeats.
         max_kept_frames, temporal_ratio: of T frames, max(1, min(max_kept_frames, T // temporal_ratio)) become queries.
         spatial_ratio: share of a kept frame's tokens that become queries.
+        temporal_forgetting: which frames of a video become queries: "uniform", "random" (by `forgetting_seed`),
+            "keyframe" (those least like their neighbours) or "question" (those most like the question's words).
         spatial_forgetting: "uniform" (a regular grid) or "random" (seeded by `forgetting_seed` and the frame's number).
+        tile_size: pixels of an image tile's side; taken from `vision_config` when there is one.
+        image_grid: an image is seen in at most image_grid x image_grid tiles.
+        image_max_tiles: the tokens of more tiles than this are scaled down to about so many.
         image_token_id: id of the token that the visual tokens replace; the original's -200 is always understood too.
         time_instruction: whether prompts tell the video's length (SPEC C.7).
     """
@@ -38,7 +47,11 @@ class HourLlavaConfig(PreTrainedConfig):
     max_kept_frames: int = 512
     temporal_ratio: int = 4
     spatial_ratio: float = 0.25
+    temporal_forgetting: str = "uniform"
     spatial_forgetting: str = "uniform"
+    tile_size: int = 384
+    image_grid: int = 6
+    image_max_tiles: int = 9
     forgetting_seed: int = 0
     image_token_id: int = ORIGINAL_IMAGE_TOKEN
     time_instruction: bool = False
@@ -54,9 +67,17 @@ class HourLlavaConfig(PreTrainedConfig):
             # The tower's pooling head is never used; asking for none keeps it out of memory and of checkpoints.
             self.vision_config.vision_use_head = False
             self.vision_width = self.vision_config.hidden_size
+            self.tile_size = self.vision_config.image_size
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
-        if self.spatial_forgetting not in ("uniform", "random"):
-            raise ValueError(f"spatial_forgetting is {self.spatial_forgetting!r}, but must be 'uniform' or 'random'")
+        for name, rules in FORGETTING_RULES.items():
+            if getattr(self, name) not in rules:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but must be one of {', '.join(rules)}")
+
+    @property
+    def patches_per_side(self) -> int:
+        """Patches of a tile's side: 27 for so400m."""
+        patch = 14 if self.vision_config is None else self.vision_config.patch_size
+        return self.tile_size // patch
 
     @classmethod
     def from_original(cls, flat: dict[str, Any]) -> "HourLlavaConfig":
