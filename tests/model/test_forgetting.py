@@ -49,5 +49,5 @@ def test_random_count_is_rounded_up():
 
 
 def test_unknown_rule():
-    with pytest.raises(ValueError, match="must be 'uniform' or 'random'"):
+    with pytest.raises(ValueError, match="must be one of uniform, random"):
         tiny_config(spatial_forgetting="none")
