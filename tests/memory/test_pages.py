@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from hourllava.memory.pages import PAGE_SIZE, batch_layout, frame_slots, page_count
+from hourllava.memory.pages import PAGE_SIZE, batch_layout, frame_slots, page_count, rows_in_use
 
 
 @pytest.mark.parametrize("per_frame", [1, 4, 49, 64, 128, 200])
@@ -18,6 +18,7 @@ def test_slots_fill_pages_without_gaps(frames, per_frame):
     # At most one page of either kind is not full, and every page is filled from its first row on.
     rows = torch.bincount(page)
     assert int((rows < PAGE_SIZE).sum()) <= 2
+    assert torch.equal(rows_in_use(frames, per_frame, slots.device), rows.to(torch.int32))
     assert torch.equal(slots.sort().values % PAGE_SIZE, torch.cat([torch.arange(n) for n in rows.tolist()]))
 
 

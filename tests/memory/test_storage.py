@@ -6,10 +6,11 @@ import resource
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from hourllava.errors import MemoryFileError
-from hourllava.memory.storage import read_memory_file, write_memory_file
+from hourllava.memory.storage import Pieces, read_memory_file
+from hourllava.memory.storage import write_memory_file as write_pieces
 
 NOTES = {"model": "abc", "damage": ""}
 
@@ -18,11 +19,16 @@ def make_tensors(fill=1.0):
     return {"tokens": torch.full((3, 4, 8), fill), "pages": torch.arange(64, dtype=torch.bfloat16).view(2, 32)}
 
 
+def write_memory_file(path, tensors, notes):
+    write_pieces(path, {name: Pieces.of(tensor) for name, tensor in tensors.items()}, notes)
+
+
 def test_round_trip(tmp_path):
     write_memory_file(tmp_path / "film.memory", make_tensors(), NOTES)
     tensors, notes = read_memory_file(tmp_path / "film.memory")
     assert all(torch.equal(tensors[name], tensor) for name, tensor in make_tensors().items())
     assert notes.items() >= NOTES.items()
+    assert load_file(tmp_path / "film.memory").keys() == tensors.keys()  # any reader of the format can open it
     assert [path.name for path in tmp_path.iterdir()] == ["film.memory"]
     (tmp_path / "other").touch()
     assert (tmp_path / "film.memory").stat().st_mode == (tmp_path / "other").stat().st_mode
@@ -89,7 +95,7 @@ def test_full_disk_leaves_the_old_file(tmp_path, size):
     assert [file.name for file in tmp_path.iterdir()] == ["film.memory"]
 
 
-@pytest.mark.parametrize("step", ["save_file", "_flush", "os.replace"])
+@pytest.mark.parametrize("step", ["_write_safetensors", "os.fsync", "os.replace"])
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError])
 def test_interruption_between_steps_leaves_the_old_file(tmp_path, monkeypatch, step, interruption):
     path = tmp_path / "film.memory"
@@ -104,6 +110,13 @@ def test_interruption_between_steps_leaves_the_old_file(tmp_path, monkeypatch, s
         write_memory_file(path, make_tensors(2.0), NOTES)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["film.memory"]
+
+
+def test_written_in_pieces_is_written_at_once(tmp_path):
+    rows = torch.randn(100, 3)
+    write_pieces(tmp_path / "a", {"x": Pieces(rows.dtype, (100, 3), rows.split(7))}, NOTES)
+    write_pieces(tmp_path / "b", {"x": Pieces.of(rows)}, NOTES)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def test_folder_that_is_not_there(tmp_path):

@@ -76,6 +76,23 @@ def test_appending_in_pieces_is_watching_at_once():
     assert model.ask(pieces, QUESTION).text == model.ask(whole, QUESTION).text
 
 
+def test_a_memory_in_files_is_the_one_in_ram(tmp_path):
+    model, video = make_model(), make_frames(300)
+    in_ram = model.watch(video, progress=False)
+    in_files = model.watch(iter(video.split(7)), progress=False, folder=tmp_path)
+    assert_same_memory(in_files, in_ram)
+    before = in_files.pages  # stays valid while the files grow
+    in_files.append(make_frames(300, seed=1))
+    assert torch.equal(before[0].key_pages, in_files.pages[0].key_pages[: len(before[0].key_pages)])
+    in_ram.append(make_frames(300, seed=1))
+    assert_same_memory(in_files, in_ram)
+    assert model.ask(in_files, QUESTION).top_tokens == model.ask(in_ram, QUESTION).top_tokens
+    in_files.save(tmp_path / "files.memory")
+    in_ram.save(tmp_path / "ram.memory")
+    assert (tmp_path / "files.memory").read_bytes() == (tmp_path / "ram.memory").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"files.memory", "ram.memory"}
+
+
 def test_what_is_watched_is_right():
     model = make_model()
     video = make_frames(20)
@@ -116,7 +133,7 @@ def test_free_rows_are_never_read():
         pages.key_pages.transpose(1, 2)[free] = torch.nan
         pages.value_pages.transpose(1, 2)[free] = torch.nan
     for pool in (*memory._keys, *memory._values, *memory._summaries):
-        pool[memory.num_pages :] = torch.nan
+        pool.rows[memory.num_pages :] = torch.nan
     poisoned = model.ask(memory, QUESTION)
     assert poisoned.top_tokens == answer.top_tokens
     assert torch.equal(poisoned.mass, answer.mass)

@@ -28,7 +28,7 @@ def watch(video: Path, output: Path, model_name: str, progress: bool) -> bool:
     from hourllava.model import load_model
     from hourllava.video import clock
 
-    memory, times = take_in(load_model(model_name), video, progress)
+    memory, times = take_in(load_model(model_name), video, progress, folder=output.parent)
     began = time.perf_counter()
     memory.save(output)
     times["save"] = time.perf_counter() - began
@@ -38,9 +38,11 @@ def watch(video: Path, output: Path, model_name: str, progress: bool) -> bool:
 
 
 def take_in(
-    model: "HourLlavaForConditionalGeneration", source: Path, progress: bool
+    model: "HourLlavaForConditionalGeneration", source: Path, progress: bool, folder: Path | None = None
 ) -> tuple["VideoMemory", dict[str, float]]:
     """The memory of a video file, or the one that a memory file holds, and the seconds that each stage took.
+
+    With a folder, the memory of a video lives in files there and takes no RAM.
 
     Raises:
         HourLlavaError: the file is neither, or cannot be read.
@@ -52,7 +54,7 @@ def take_in(
         memory = VideoMemory.load(source)
         model.attach(memory)
         return memory, {"load": time.perf_counter() - began}
-    memory = model.watch(source, progress=progress)
+    memory = model.watch(source, progress=progress, folder=folder)
     return memory, {word: memory.timings[stage] for stage, word in STAGES.items()}
 
 

@@ -63,6 +63,16 @@ def frame_slots(frame: Tensor, per_frame: int) -> tuple[Tensor, Tensor]:
     return slots, torch.cat([visual.flatten(), first + per_frame])
 
 
+def rows_in_use(frames: int, per_frame: int, device: torch.device) -> Tensor:
+    """Rows in use (P,) int32 of every page of a memory of `frames` frames: all are full but the last of each kind."""
+    lengths = torch.full((page_count(frames, per_frame),), PAGE_SIZE, dtype=torch.int32, device=device)
+    if frames:
+        last = torch.tensor([frames - 1], device=device)
+        for slots in (visual_slots(last, per_frame)[:, -1], newline_slots(last, per_frame)):
+            lengths[slots // PAGE_SIZE] = (slots % PAGE_SIZE + 1).to(torch.int32)
+    return lengths
+
+
 def batch_layout(frames: list[int], per_frame: int, device: torch.device) -> PageLayout:
     """Lay out the memories of a batch, `frames[b]` frames each, one after the other in one pool of pages."""
     needed = [page_count(n, per_frame) for n in frames]

@@ -5,42 +5,58 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hourllava.errors import MemoryFileError
 
-FORMAT = "hourllava-memory-1"
+FORMAT = "hourllava-memory-2"
 WATCH_AGAIN = "watch the video again to make a new one"
+DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.int8: "I8"}
 
 
-def write_memory_file(path: str | os.PathLike[str], tensors: dict[str, Tensor], notes: dict[str, str]) -> None:
+@dataclass(frozen=True)
+class Pieces:
+    """A tensor that is written a few rows at a time."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: Iterable[Tensor]  # of any number of rows each, together `shape`
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Pieces":
+        return cls(tensor.dtype, tuple(tensor.shape), [tensor])
+
+    @property
+    def nbytes(self) -> int:
+        return torch.empty(self.shape, dtype=self.dtype, device="meta").nbytes
+
+
+def write_memory_file(path: str | os.PathLike[str], tensors: dict[str, Pieces], notes: dict[str, str]) -> None:
     """Write tensors and notes to `path`.
 
     The file is written beside `path`, flushed to the disk and only then renamed, so that an interruption at any byte
-    leaves what `path` held before.
+    leaves what `path` held before. No more than one piece of a tensor need be in RAM at a time.
 
     Raises:
         MemoryFileError: the file cannot be written (no space, no permission, no such folder).
     """
     target = Path(path)
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    notes = {**notes, "format": FORMAT} | {f"sha256.{name}": _digest(tensor) for name, tensor in tensors.items()}
-    notes["sha256"] = _header_digest(notes, tensors)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        temporary.touch()
-        usual = temporary.stat().st_mode
-        save_file(tensors, temporary, metadata=notes)
-        temporary.chmod(usual)  # safetensors makes files that only their owner may read
-        _flush(temporary)
+        with temporary.open("wb") as file:
+            _write_safetensors(file, tensors, {**notes, "format": FORMAT})
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, target)
         _flush(target.parent)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         why = f"it cannot be written ({_reason(error)})"
         raise MemoryFileError(target, why, "free some space or choose another place") from error
     finally:
@@ -68,7 +84,8 @@ def read_memory_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
         raise MemoryFileError(target, "it is not a memory file", "name a file that `watch` saved")
     if notes["format"] != FORMAT:
         raise MemoryFileError(target, f"its format {notes['format']} is not {FORMAT}", WATCH_AGAIN)
-    if notes.get("sha256") != _header_digest({k: v for k, v in notes.items() if k != "sha256"}, tensors):
+    shapes = {name: [str(tensor.dtype), *tensor.shape] for name, tensor in tensors.items()}
+    if notes.get("sha256") != _header_digest({k: v for k, v in notes.items() if k != "sha256"}, shapes):
         raise MemoryFileError(target, "its header is damaged", WATCH_AGAIN)
     damaged = [name for name, tensor in tensors.items() if notes.get(f"sha256.{name}") != _digest(tensor)]
     if damaged:
@@ -76,13 +93,48 @@ def read_memory_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
     return tensors, notes
 
 
+def _write_safetensors(file: BinaryIO, tensors: dict[str, Pieces], notes: dict[str, str]) -> None:
+    """Header, then data; the checksums are known only then, and go into the place that the header keeps for them."""
+    # Wide elements first, so that each tensor starts at a multiple of its element's size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    shapes = {name: [str(tensors[name].dtype), *tensors[name].shape] for name in names}
+    blank = "0" * hashlib.sha256().digest_size * 2
+    file.write(_header(tensors, names, notes | {f"sha256.{name}": blank for name in names} | {"sha256": blank}))
+    digests = {}
+    for name in names:
+        digest = hashlib.sha256()
+        for piece in tensors[name].pieces:
+            data = _bytes(piece)
+            digest.update(data)
+            file.write(data)
+        digests[f"sha256.{name}"] = digest.hexdigest()
+    notes = notes | digests
+    file.seek(0)
+    file.write(_header(tensors, names, notes | {"sha256": _header_digest(notes, shapes)}))
+
+
+def _header(tensors: dict[str, Pieces], names: list[str], notes: dict[str, str]) -> bytes:
+    header: dict[str, object] = {"__metadata__": notes}
+    end = 0
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": DTYPE_NAMES[tensors[name].dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
+
+
 def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+    return hashlib.sha256(_bytes(tensor)).hexdigest()
 
 
-def _header_digest(notes: dict[str, str], tensors: dict[str, Tensor]) -> str:
+def _header_digest(notes: dict[str, str], shapes: dict[str, list]) -> str:
     """Covers the notes, the checksums among them, and every tensor's name, dtype and shape."""
-    shapes = {name: [str(tensor.dtype), *tensor.shape] for name, tensor in tensors.items()}
     return hashlib.sha256(json.dumps([notes, shapes], sort_keys=True).encode()).hexdigest()
 
 

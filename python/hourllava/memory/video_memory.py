@@ -2,9 +2,11 @@
 """A video's memory as an object that grows frame by frame, is asked any number of times, and is kept in a file."""
 
 import os
+import tempfile
 import time
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import BinaryIO, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -12,8 +14,11 @@ from torch import Tensor
 import hourllava_ext as ext
 from hourllava.errors import MemoryFileError, ModelError
 
-from .pages import PAGE_SIZE, MemoryPages, frame_slots, page_count
-from .storage import read_memory_file, write_memory_file
+from .pages import PAGE_SIZE, MemoryPages, frame_slots, page_count, rows_in_use
+from .pool import Pool
+from .storage import Pieces, read_memory_file, write_memory_file
+
+FILE_GROWTH = 256  # frames that a memory in files grows by; growing moves nothing there
 
 
 @dataclass(frozen=True)
@@ -49,15 +54,27 @@ class MemoryWriter(Protocol):
 class VideoMemory:
     """The memory of one video at one frame per second; made by `model.watch`.
 
+    Args:
+        shape: sizes of everything it holds.
+        fingerprint: of the model that makes it.
+        device: where its tensors live.
+        folder: keep them in files of this folder, which vanish with the memory, and not in RAM: however long the video,
+            only what is being written or read is resident. For memories on the CPU; None keeps them in RAM.
+
     Attributes:
         frames: seconds watched, T.
-        page_lengths: (P,) int32, rows in use of every page.
         timings: seconds spent so far on "decode", "encode" and "write".
         damage: one line on what of the video could not be read, or None.
         path: the file that the memory was loaded from, or None.
     """
 
-    def __init__(self, shape: MemoryShape, fingerprint: str, device: torch.device) -> None:
+    def __init__(
+        self,
+        shape: MemoryShape,
+        fingerprint: str,
+        device: torch.device,
+        folder: str | os.PathLike[str] | None = None,
+    ) -> None:
         self.shape = shape
         self.fingerprint = fingerprint
         self.frames = 0
@@ -65,19 +82,26 @@ class VideoMemory:
         self.damage: str | None = None
         self.path: str | None = None
         self._writer: MemoryWriter | None = None
-        pages, head = (0, shape.kv_heads), (shape.kv_heads, shape.head_dim)
+        self._folder = folder if device.type == "cpu" else None
+
+        def pool(*row: int, dtype: torch.dtype = shape.dtype) -> Pool:
+            return Pool(row, dtype, device, _scratch_file(self._folder))
+
         blocks = range(shape.blocks)
-        self._tokens = torch.empty(0, shape.per_frame, shape.width, dtype=shape.dtype, device=device)
-        self._keys = [torch.empty(*pages, PAGE_SIZE, head[1], dtype=shape.dtype, device=device) for _ in blocks]
-        self._values = [torch.empty_like(keys) for keys in self._keys]
-        summary_dtype = torch.promote_types(shape.dtype, torch.float32)
-        self._summaries = [torch.empty(*pages, 3, head[1], dtype=summary_dtype, device=device) for _ in blocks]
-        self._page_lengths = torch.empty(0, dtype=torch.int32, device=device)
+        self._tokens = pool(shape.per_frame, shape.width)
+        self._keys = [pool(shape.kv_heads, PAGE_SIZE, shape.head_dim) for _ in blocks]
+        self._values = [pool(shape.kv_heads, PAGE_SIZE, shape.head_dim) for _ in blocks]
+        wide = torch.promote_types(shape.dtype, torch.float32)
+        self._summaries = [pool(shape.kv_heads, 3, shape.head_dim, dtype=wide) for _ in blocks]
+
+    @property
+    def device(self) -> torch.device:
+        return self._tokens.rows.device
 
     @property
     def tokens(self) -> Tensor:
         """Projected visual tokens (T, N, C)."""
-        return self._tokens[: self.frames]
+        return self._tokens.rows[: self.frames]
 
     @property
     def num_pages(self) -> int:
@@ -86,15 +110,16 @@ class VideoMemory:
 
     @property
     def page_lengths(self) -> Tensor:
-        return self._page_lengths[: self.num_pages]
+        """Rows in use of every page, (P,) int32."""
+        return rows_in_use(self.frames, self.shape.per_frame, self.device)
 
     @property
     def pages(self) -> list[MemoryPages]:
         """Every block's pages, with a table (1, P) that lists them all."""
-        count = self.num_pages
-        table = torch.arange(count, dtype=torch.int32, device=self._tokens.device)[None]
+        count, lengths = self.num_pages, self.page_lengths
+        table = torch.arange(count, dtype=torch.int32, device=self.device)[None]
         blocks = zip(self._keys, self._values, self._summaries, strict=True)
-        return [MemoryPages(k[:count], v[:count], s[:count], self.page_lengths, table) for k, v, s in blocks]
+        return [MemoryPages(k.rows[:count], v.rows[:count], s.rows[:count], lengths, table) for k, v, s in blocks]
 
     def attach(self, writer: MemoryWriter) -> None:
         """Let `append` use this model; it must be the one that the memory was made by.
@@ -134,17 +159,18 @@ class VideoMemory:
             done += count
 
     def reserve(self, frames: int) -> None:
-        """Make room for so many frames in all, and for half as many again as now if the memory has to move."""
-        if frames <= len(self._tokens):
+        """Make room for so many frames in all, and for some more where growing often is dear.
+
+        Raises:
+            MemoryFileError: the memory lives in files, and the disk has no room for them.
+        """
+        held = len(self._tokens.rows)
+        if frames <= held:
             return
-        frames = max(frames, len(self._tokens) * 3 // 2)
-        pages = page_count(frames, self.shape.per_frame)
-        self._tokens = _grown(self._tokens, frames)
-        for block in range(self.shape.blocks):
-            self._keys[block] = _grown(self._keys[block], pages)
-            self._values[block] = _grown(self._values[block], pages)
-            self._summaries[block] = _grown(self._summaries[block], pages)
-        self._page_lengths = _grown(self._page_lengths, pages)
+        frames = max(frames, held + FILE_GROWTH) if self._folder else max(frames, held * 3 // 2)
+        self._tokens.reserve(frames)
+        for pool in self._page_pools():
+            pool.reserve(page_count(frames, self.shape.per_frame))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the memory to a file, which either holds all of it or is what it was before.
@@ -152,12 +178,15 @@ class VideoMemory:
         Raises:
             MemoryFileError: the file cannot be written.
         """
-        count = self.num_pages
-        tensors = {"tokens": self.tokens, "page_lengths": self.page_lengths}
+        named = {"tokens": self._tokens}
         for block in range(self.shape.blocks):
-            tensors[f"blocks.{block}.key_pages"] = self._keys[block][:count]
-            tensors[f"blocks.{block}.value_pages"] = self._values[block][:count]
-            tensors[f"blocks.{block}.key_summary"] = self._summaries[block][:count]
+            named[f"blocks.{block}.key_pages"] = self._keys[block]
+            named[f"blocks.{block}.value_pages"] = self._values[block]
+            named[f"blocks.{block}.key_summary"] = self._summaries[block]
+        tensors = {}
+        for name, pool in named.items():
+            count = self.frames if pool is self._tokens else self.num_pages
+            tensors[name] = Pieces(pool.rows.dtype, (count, *pool.rows.shape[1:]), pool.pieces(count))
         write_memory_file(path, tensors, {"model": self.fingerprint, "damage": self.damage or ""})
 
     @classmethod
@@ -174,29 +203,36 @@ class VideoMemory:
         shape = MemoryShape(tokens.shape[1], tokens.shape[2], blocks, keys.shape[1], keys.shape[3], tokens.dtype)
         memory = cls(shape, notes["model"], tokens.device)
         memory.frames, memory.damage, memory.path = len(tokens), notes["damage"] or None, os.fspath(path)
-        memory._tokens, memory._page_lengths = tokens, tensors["page_lengths"]
-        memory._keys = [tensors[f"blocks.{block}.key_pages"] for block in range(blocks)]
-        memory._values = [tensors[f"blocks.{block}.value_pages"] for block in range(blocks)]
-        memory._summaries = [tensors[f"blocks.{block}.key_summary"] for block in range(blocks)]
+        memory._tokens = Pool.of(tokens)
+        memory._keys = [Pool.of(tensors[f"blocks.{block}.key_pages"]) for block in range(blocks)]
+        memory._values = [Pool.of(tensors[f"blocks.{block}.value_pages"]) for block in range(blocks)]
+        memory._summaries = [Pool.of(tensors[f"blocks.{block}.key_summary"]) for block in range(blocks)]
         return memory
 
     def _append_batch(self, writer: MemoryWriter, frames: Tensor, offset: int) -> None:
         """Encode and write frames of one batch; the first of them stands at `offset` in it."""
-        before = self.num_pages
         started = time.perf_counter()
         whole = frames.new_zeros(writer.batch, *frames.shape[1:])
         whole[offset : offset + len(frames)] = frames
         encoded = writer.encode(whole)
         projected = writer.keys_values(encoded)
         encoded_at = time.perf_counter()
-        end = self.frames + len(frames)
-        self._tokens[self.frames : end] = encoded[offset : offset + len(frames)]
-        self._clear_pages(before, page_count(end, self.shape.per_frame))
-        slots, position_ids = frame_slots(torch.arange(self.frames, end, device=frames.device), self.shape.per_frame)
+        per_frame, end = self.shape.per_frame, self.frames + len(frames)
+        self._tokens.rows[self.frames : end] = encoded[offset : offset + len(frames)]
+        slots, position_ids = frame_slots(torch.arange(self.frames, end, device=frames.device), per_frame)
+        # Only the pages that get rows are shown to the operator, whose checks take time for every page it is shown.
+        first, pages = int(slots.min()) // PAGE_SIZE, page_count(end, per_frame)
+        self._clear_pages(self.num_pages, pages)
+        inside, lengths = slots - first * PAGE_SIZE, rows_in_use(end, per_frame, frames.device)[first:]
         for block, keys_values in enumerate(projected):
             key, value = (self._of_frames(rows, writer.batch, offset, len(frames)) for rows in keys_values)
-            pools = (self._keys[block], self._values[block], self._summaries[block], self._page_lengths)
-            ext.page_write_(key, value, position_ids, slots, writer.inv_freq, *pools)
+            keys, values, summaries = (
+                pools[block].rows[first:pages] for pools in (self._keys, self._values, self._summaries)
+            )
+            ext.page_write_(key, value, position_ids, inside, writer.inv_freq, keys, values, summaries, lengths)
+        self._tokens.release(self.frames, end)
+        for pool in self._page_pools():
+            pool.release(first, pages)
         self.frames = end
         self.timings["encode"] += encoded_at - started
         self.timings["write"] += time.perf_counter() - encoded_at
@@ -207,13 +243,23 @@ class VideoMemory:
         per_frame = self.shape.per_frame
         return torch.cat([visual[first * per_frame : (first + count) * per_frame], newline[first : first + count]])
 
+    def _page_pools(self) -> list[Pool]:
+        return [*self._keys, *self._values, *self._summaries]
+
     def _clear_pages(self, first: int, end: int) -> None:
         """Zero pages when they come into use, so that a saved memory holds no leftovers."""
-        for pool in (*self._keys, *self._values, *self._summaries, self._page_lengths):
-            pool[first:end] = 0
+        for pool in self._page_pools():
+            pool.rows[first:end] = 0
 
 
-def _grown(pool: Tensor, length: int) -> Tensor:
-    larger = pool.new_empty(length, *pool.shape[1:])
-    larger[: len(pool)] = pool
-    return larger
+def _scratch_file(folder: str | os.PathLike[str] | None) -> BinaryIO | None:
+    """A file without a name, gone when it is closed; None without a folder."""
+    if folder is None:
+        return None
+    try:
+        handle, name = tempfile.mkstemp(dir=folder, prefix=".hourllava-")
+        os.unlink(name)
+        return cast(BinaryIO, os.fdopen(handle, "r+b"))
+    except OSError as error:
+        why = f"no file can be made there ({error.strerror})"
+        raise MemoryFileError(Path(folder), why, "choose another place") from error

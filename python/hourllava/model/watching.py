@@ -92,10 +92,11 @@ def watch(
     source: Source,
     progress: bool = True,
     on_chunk: Callable[[VideoMemory], None] | None = None,
+    folder: str | os.PathLike[str] | None = None,
 ) -> VideoMemory:
     """See `HourLlavaForConditionalGeneration.watch`."""
     writer = FrameWriter(model)
-    memory = VideoMemory(writer.shape, writer.fingerprint(), writer.device)
+    memory = VideoMemory(writer.shape, writer.fingerprint(), writer.device, folder)
     memory.attach(writer)
     opened = open_video(source) if isinstance(source, str | os.PathLike) else source
     expected = opened.frames_expected if isinstance(opened, VideoReader) else None
