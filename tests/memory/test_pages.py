@@ -4,7 +4,17 @@
 import pytest
 import torch
 
-from hourllava.memory.pages import PAGE_SIZE, batch_layout, frame_slots, page_count, rows_in_use
+from hourllava.memory.pages import (
+    PAGE_SIZE,
+    frame_slots,
+    join_layouts,
+    page_count,
+    row_layout,
+    rows_in_use,
+    video_layout,
+)
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("per_frame", [1, 4, 49, 64, 128, 200])
@@ -33,19 +43,32 @@ def test_slots_do_not_depend_on_later_frames(per_frame):
 
 
 def test_batch_is_its_memories_one_after_the_other():
-    frames, per_frame = [3, 140, 1], 16
-    layout = batch_layout(frames, per_frame, torch.device("cpu"))
-    pages = [page_count(n, per_frame) for n in frames]
-    assert layout.num_pages == sum(pages)
-    visual, newline = layout.slots.split([sum(frames) * per_frame, sum(frames)])
-    visual_ids, newline_ids = layout.position_ids.split([sum(frames) * per_frame, sum(frames)])
-    first_frame = first_page = 0
-    for sample, count in enumerate(frames):
-        slots, position_ids = frame_slots(torch.arange(count), per_frame)
-        lines = slice(first_frame, first_frame + count)
-        rows = slice(lines.start * per_frame, lines.stop * per_frame)
-        assert torch.equal(torch.cat([visual[rows], newline[lines]]), slots + first_page * PAGE_SIZE)
-        assert torch.equal(torch.cat([visual_ids[rows], newline_ids[lines]]), position_ids)
-        listed = layout.page_table[sample]
-        assert listed[listed >= 0].tolist() == list(range(first_page, first_page + pages[sample]))
-        first_frame, first_page = first_frame + count, first_page + pages[sample]
+    images = torch.tensor([5, 9, 9] * 50)
+    layouts = [video_layout(3, 16, CPU), None, row_layout(images), video_layout(140, 16, CPU)]
+    joined = join_layouts(layouts, CPU)
+    first_row = first_page = 0
+    for sample, layout in enumerate(layouts):
+        listed = joined.page_table[sample]
+        listed = listed[listed >= 0].tolist()
+        if layout is None:
+            assert listed == []
+            continue
+        rows = slice(first_row, first_row + len(layout.slots))
+        assert torch.equal(joined.slots[rows], layout.slots + first_page * PAGE_SIZE)
+        assert torch.equal(joined.position_ids[rows], layout.position_ids)
+        assert listed == list(range(first_page, first_page + layout.num_pages))
+        first_row, first_page = rows.stop, first_page + layout.num_pages
+    assert (joined.num_pages, len(joined.slots)) == (first_page, first_row)
+
+
+def test_layout_of_one_memory():
+    layout = video_layout(140, 16, CPU)
+    slots, position_ids = frame_slots(torch.arange(140), 16)
+    assert layout.num_pages == page_count(140, 16)
+    assert torch.equal(layout.slots, slots)
+    assert torch.equal(layout.position_ids, position_ids)
+    ids = torch.tensor([7] * 129)
+    layout = row_layout(ids)
+    assert layout.num_pages == 2
+    assert layout.slots.tolist() == list(range(129))
+    assert layout.position_ids.equal(ids)

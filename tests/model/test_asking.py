@@ -9,6 +9,7 @@ from hourllava.errors import MemoryFileError, ModelError, QuestionError, VideoEr
 from hourllava.memory import VideoMemory
 from hourllava.model import build_prompt
 from hourllava.model.asking import find_moments
+from hourllava.model.inputs import Visual
 from hourllava.video import write_video
 
 QUESTION = "Which colour was the circle?"
@@ -22,7 +23,7 @@ def make_frames(count, seed=0, size=64):
 def logits_of_forward(model, frames, **options):
     """The next token's logits and the greedy answer, from the model that is given the pixels with the question."""
     ids, query_mask = build_prompt(model.tokenizer, QUESTION)
-    video = {"pixel_values_videos": [frames], "query_mask": query_mask[None], **options}
+    video = {"pixel_values": [frames], "query_mask": query_mask[None], **options}
     with torch.no_grad():
         logits = model(ids[None], **video).logits[0, -1]
     end = model.tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -98,7 +99,7 @@ def test_what_is_watched_is_right():
     video = make_frames(20)
     memory = model.watch(video, progress=False)
     with torch.no_grad():
-        torch.testing.assert_close(memory.tokens, model.encode_videos([video], None)[0])
+        torch.testing.assert_close(memory.tokens, model.model.project([Visual(video, "video", None)], 8)[0][1])
     assert set(memory.timings) == {"decode", "encode", "write"}
     assert memory.damage is None
 

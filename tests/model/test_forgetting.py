@@ -22,19 +22,19 @@ def test_number_of_kept_frames(frames, kept):
 
 
 def test_uniform_picks_are_every_second_row_and_column():
-    picks = spatial_picks(tiny_config(), torch.arange(3), 64)
+    picks = spatial_picks(tiny_config(), torch.arange(3), (8, 8))
     rows, columns = np.meshgrid(range(0, 8, 2), range(0, 8, 2), indexing="ij")
     assert picks.tolist() == [(rows * 8 + columns).ravel().tolist()] * 3
 
 
 def test_random_picks_depend_on_seed_frame_and_grid_only():
     config = tiny_config(spatial_forgetting="random")
-    picks = spatial_picks(config, torch.arange(1000), 64)
+    picks = spatial_picks(config, torch.arange(1000), (8, 8))
     assert picks.shape == (1000, 16)
     assert bool((picks.diff(dim=1) > 0).all())
     chosen = torch.tensor([999, 3, 500])
-    assert torch.equal(spatial_picks(config, chosen, 64), picks[chosen])
-    other = spatial_picks(tiny_config(spatial_forgetting="random", forgetting_seed=1), torch.arange(1000), 64)
+    assert torch.equal(spatial_picks(config, chosen, (8, 8)), picks[chosen])
+    other = spatial_picks(tiny_config(spatial_forgetting="random", forgetting_seed=1), torch.arange(1000), (8, 8))
     assert float((other == picks).float().mean()) < 0.2
     # Every patch is picked about a quarter of the time: 250 times, give or take four deviations of 13.7.
     counts = torch.bincount(picks.flatten(), minlength=64)
@@ -45,7 +45,7 @@ def test_random_picks_depend_on_seed_frame_and_grid_only():
 
 
 def test_random_count_is_rounded_up():
-    assert spatial_picks(tiny_config(spatial_forgetting="random"), torch.arange(2), 729).shape == (2, 183)
+    assert spatial_picks(tiny_config(spatial_forgetting="random"), torch.arange(2), (27, 27)).shape == (2, 183)
 
 
 def test_unknown_rule():

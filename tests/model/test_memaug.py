@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from hourllava.memory.pages import batch_layout
+from hourllava.memory.pages import join_layouts, video_layout
 from hourllava.model import tiny_config
 from hourllava.model.memaug import MemAug, MemoryUse, rotary_frequencies
 from hourllava.model.stream import QueryStream
@@ -13,7 +13,8 @@ from hourllava.model.stream import QueryStream
 def make_case(lengths=(7, 4), frames=(5, 3), dtype=torch.float32):
     config = tiny_config().text_config
     memaug = MemAug(config, 2).to(dtype)
-    layout = batch_layout(list(frames), 16, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    layout = join_layouts([video_layout(count, 16, cpu) for count in frames], cpu)
     tokens = torch.randn(sum(frames) * 17, config.hidden_size, dtype=dtype)
     queries = torch.randn(sum(lengths), config.hidden_size, dtype=dtype)
     bounds = torch.tensor([0, *lengths]).cumsum(0)

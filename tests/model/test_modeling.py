@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from hourllava.errors import ModelError
+from hourllava.errors import InputError, ModelError
 from hourllava.model import HourLlavaConfig, HourLlavaForConditionalGeneration, tiny_config
 
 IMAGE = 3
@@ -40,10 +40,10 @@ def test_batch_equals_single_samples(changes):
     samples = [make_sample(1, 9), make_sample(2, 30, after=4), make_sample(3, 1, before=2), make_sample(4, 30)]
     ids, labels, features = zip(*samples, strict=True)
     mask = pad([torch.ones_like(row) for row in ids], 0)
-    batch = model(pad(ids, 0), attention_mask=mask, labels=pad(labels, -100), video_features=list(features))
+    batch = model(pad(ids, 0), attention_mask=mask, labels=pad(labels, -100), vision_features=list(features))
     losses = []
     for number, (row, label, feature) in enumerate(samples):
-        single = model(row[None], labels=label[None], video_features=[feature])
+        single = model(row[None], labels=label[None], vision_features=[feature])
         length = single.logits.shape[1]
         torch.testing.assert_close(batch.logits[number, :length], single.logits[0], rtol=1e-4, atol=1e-5)
         losses.append(single.loss)
@@ -56,8 +56,8 @@ def test_pixels_go_through_the_tower(model):
     frames = torch.randint(0, 256, (6, 3, 64, 64), dtype=torch.uint8)
     features = model.model.vision_tower(frames)
     assert features.shape == (6, 64, 64)
-    from_pixels = model(ids[None], labels=labels[None], pixel_values_videos=[frames])
-    from_features = model(ids[None], labels=labels[None], video_features=[features])
+    from_pixels = model(ids[None], labels=labels[None], pixel_values=[frames])
+    from_features = model(ids[None], labels=labels[None], vision_features=[features])
     assert torch.equal(from_pixels.logits, from_features.logits)
     normalised = (frames / 255 - 0.5) / 0.5
     torch.testing.assert_close(model.model.vision_tower(normalised), features, rtol=1e-4, atol=1e-4)
@@ -73,7 +73,7 @@ def test_tower_output_is_the_state_before_the_last_norm(model):
 def test_training_reaches_every_part():
     model = make_model().train()
     ids, labels, _ = make_sample(1, 1)
-    model(ids[None], labels=labels[None], pixel_values_videos=[torch.rand(6, 3, 64, 64)]).loss.backward()
+    model(ids[None], labels=labels[None], pixel_values=[torch.rand(6, 3, 64, 64)]).loss.backward()
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert without == [
         "model.vision_tower.vision_tower.vision_model.post_layernorm.weight",
@@ -83,7 +83,7 @@ def test_training_reaches_every_part():
 
 def test_switches_change_what_reaches_the_decoder(model):
     ids, _, feature = make_sample(1, 40)
-    arguments = {"input_ids": ids[None], "video_features": [feature]}
+    arguments = {"input_ids": ids[None], "vision_features": [feature]}
     full, bypassed, forgotten = (
         model(**arguments, **switch).logits for switch in ({}, {"memaug": False}, {"use_memory": False})
     )
@@ -93,7 +93,7 @@ def test_switches_change_what_reaches_the_decoder(model):
     # A frame that forgetting drops is seen with the memory only.
     changed = feature.clone()
     changed[1] += 1
-    arguments["video_features"] = [changed]
+    arguments["vision_features"] = [changed]
     assert not torch.equal(model(**arguments).logits, full)
     assert torch.equal(model(**arguments, memaug=False).logits, bypassed)
     assert torch.equal(model(**arguments, use_memory=False).logits, forgotten)
@@ -101,7 +101,7 @@ def test_switches_change_what_reaches_the_decoder(model):
 
 def test_query_mask_defaults_to_the_labels(model):
     ids, labels, feature = make_sample(1, 8)
-    arguments = {"input_ids": ids[None], "video_features": [feature]}
+    arguments = {"input_ids": ids[None], "vision_features": [feature]}
     by_labels = model(**arguments, labels=labels[None]).logits
     assert torch.equal(model(**arguments, query_mask=labels[None] == -100).logits, by_labels)
     assert not torch.equal(model(**arguments).logits, by_labels)
@@ -110,8 +110,8 @@ def test_query_mask_defaults_to_the_labels(model):
 def test_original_image_token_is_understood(model):
     ids, _, feature = make_sample(1, 8)
     theirs = ids.masked_fill(ids == IMAGE, -200)
-    ours = model(ids[None], video_features=[feature]).logits
-    assert torch.equal(model(theirs[None], video_features=[feature]).logits, ours)
+    ours = model(ids[None], vision_features=[feature]).logits
+    assert torch.equal(model(theirs[None], vision_features=[feature]).logits, ours)
 
 
 def test_a_tied_head_is_stored_once(tmp_path):
@@ -136,7 +136,7 @@ def test_save_and_load_round_trip(model, tmp_path):
         "_name_or_path": None,
     }
     ids, _, _ = make_sample(1, 1)
-    arguments = {"input_ids": ids[None], "pixel_values_videos": [torch.rand(5, 3, 64, 64)]}
+    arguments = {"input_ids": ids[None], "pixel_values": [torch.rand(5, 3, 64, 64)]}
     assert torch.equal(again(**arguments).logits, model(**arguments).logits)
 
 
@@ -180,32 +180,85 @@ def test_generate_continues_a_batch(model):
     ids, _, features = zip(*samples, strict=True)
     mask = pad([torch.ones_like(row) for row in ids], 0)
     arguments = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "suppress_tokens": [IMAGE]}
-    batch = model.generate(pad(ids, 0), attention_mask=mask, video_features=list(features), **arguments)
+    batch = model.generate(pad(ids, 0), attention_mask=mask, vision_features=list(features), **arguments)
     for number, (row, feature) in enumerate(zip(ids, features, strict=True)):
-        single = model.generate(row[None], video_features=[feature], **arguments)
+        single = model.generate(row[None], vision_features=[feature], **arguments)
         assert batch[number].tolist() == single[0].tolist()
         # Greedy decoding by hand, without a cache: the video is read anew for every token.
         written = row
         for token in single[0]:
             mask_row = torch.arange(len(written)) < len(row)
-            logits = model(written[None], video_features=[feature], query_mask=mask_row[None]).logits[0, -1]
+            logits = model(written[None], vision_features=[feature], query_mask=mask_row[None]).logits[0, -1]
             logits[IMAGE] = -torch.inf
             assert int(logits.argmax()) == int(token)
             written = torch.cat([written, token[None]])
 
 
-@pytest.mark.parametrize("images", [0, 2])
-def test_wrong_number_of_image_tokens(model, images):
-    ids = torch.full((1, 6), 5)
-    ids[0, :images] = IMAGE
-    with pytest.raises(ModelError, match="exactly one image token"):
-        model(ids, video_features=[torch.randn(4, 64, 64)])
+@pytest.mark.parametrize(
+    ("marks", "visuals", "why"),
+    [
+        ((1, 2), ["image"] * 2, r"sample 1 of 2 .*<image> stands in it 2 times, but .* left for it are 1"),
+        ((1, 0), ["image"] * 2, r"2 images and videos are given, but <image> stands 1 \+ 0 times"),
+        ((0, 0), ["video"], r"1 images and videos are given, but <image> stands 0 \+ 0 times"),
+        ((0, 1), [], r"sample 1 of 2 .* left for it are 0"),
+        ((2, 0), ["image", "video"], r"sample 0 of 2 .* not all that belongs there are images of one tile"),
+    ],
+)
+def test_marks_and_visuals_that_do_not_match(model, marks, visuals, why):
+    ids = torch.full((2, 6), 5)
+    for row, count in zip(ids, marks, strict=True):
+        row[:count] = IMAGE
+    with pytest.raises(InputError, match=why):
+        model(ids, vision_features=[torch.randn(1, 64, 64)] * len(visuals), modalities=visuals)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"vision_features": [torch.randn(4, 64, 63)]}, r"video of sample 0 .* shape \(4, 64, 63\)"),
+        ({"vision_features": [torch.randn(4, 63, 64)]}, r"shape \(4, 63, 64\)"),
+        ({"vision_features": [torch.randn(0, 64, 64)]}, r"with n > 0"),
+        ({"vision_features": None, "pixel_values": [torch.rand(2, 3, 64, 32)]}, r"give \(n, 3, 64, 64\)"),
+        ({"pixel_values": [torch.rand(2, 3, 64, 64)]}, "both pixel_values and vision_features"),
+        ({"modalities": ["audio"]}, "no modality 'audio'"),
+        ({"modalities": ["video", "image"]}, "1 visual inputs, 2 modalities"),
+        ({"modalities": ["image"]}, "it has tiles but no size"),
+        ({"modalities": ["image"], "image_sizes": [(64, 128)]}, "image of sample 0 .* make 3 tiles, but it has 4"),
+        ({"modalities": ["image"], "image_sizes": [(20, 30000)]}, "image of sample 0 .* too thin"),
+        ({"temporal_forgetting": "all"}, "there is no rule 'all'; choose from uniform, random, keyframe, question"),
+        ({"spatial_picks": [torch.zeros(3, 2)]}, r"give \(4, k\), a row for each of the memory's frames"),
+        ({"labels": torch.full((1, 2), -100)}, "sample 0 of 1 .* all its labels are ignored"),
+        ({"input_ids": None}, "no input_ids"),
+    ],
+)
+def test_input_that_does_not_fit(model, changes, why):
+    arguments = {"input_ids": torch.tensor([[5, IMAGE]]), "vision_features": [torch.randn(4, 64, 64)], **changes}
+    with pytest.raises(InputError, match=why) as caught:
+        model(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_is_cut(model):
+    limit = model.config.text_config.max_position_embeddings
+    features = [torch.randn(4, 64, 64)]
+    ids = torch.full((2, limit - 16), 5)
+    ids[1, 7] = IMAGE
+    mask = torch.ones_like(ids)
+    mask[0, 20:] = 0
+    mask[1, -1] = 0
+    # 16 tokens and a newline stand at the mark: 4096 + 1 are too many, and one less is not.
+    assert model(ids[:, :-1], attention_mask=mask[:, :-1], vision_features=features).logits.shape[1] == limit - 1
+    mask[1, -1] = 1
+    ids = torch.cat([ids, ids[:, -1:]], 1)
+    mask = torch.cat([mask, mask[:, -1:]], 1)
+    with pytest.raises(InputError, match=rf"sample 1 of 2 .* {limit + 1} tokens, 17 of them visual, .* reads {limit}"):
+        model(ids, attention_mask=mask, vision_features=features)
 
 
 def test_pixels_without_a_tower(model):
     model.model.vision_tower = None
-    with pytest.raises(ModelError, match="give video_features"):
-        model(torch.tensor([[5, IMAGE]]), pixel_values_videos=[torch.rand(2, 3, 64, 64)])
+    with pytest.raises(ModelError, match="give vision_features"):
+        model(torch.tensor([[5, IMAGE]]), pixel_values=[torch.rand(2, 3, 64, 64)])
 
 
 def test_text_without_video(model):
@@ -215,7 +268,7 @@ def test_text_without_video(model):
 
 def test_training_under_autocast(model):
     ids, labels, _ = make_sample(1, 1)
-    arguments = {"labels": labels[None], "pixel_values_videos": [torch.rand(9, 3, 64, 64)]}
+    arguments = {"labels": labels[None], "pixel_values": [torch.rand(9, 3, 64, 64)]}
     exact = model(ids[None], **arguments).loss
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(ids[None], **arguments).loss

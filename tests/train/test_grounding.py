@@ -24,7 +24,7 @@ def model() -> HourLlavaForConditionalGeneration:
 def run(model: HourLlavaForConditionalGeneration, frames: list[list[int]]) -> torch.Tensor:
     batch = Examples(build_tokenizer(), 64, seed=0).batch(8, len(frames))
     with Grounding(model, frames) as grounding:
-        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, pixel_values_videos=batch.pixels)
+        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, pixel_values=batch.pixels)
     return grounding.loss()
 
 

@@ -23,7 +23,7 @@ class MemoryPages:
 
 @dataclass(frozen=True)
 class PageLayout:
-    """Rows of a batch of memories: first every visual token, then every newline, and the slots they are written to."""
+    """Where the rows of a batch of memories are written to, memory after memory."""
 
     position_ids: Tensor  # (rows,) int64
     slots: Tensor  # (rows,) int64: page * 128 + row in the page
@@ -73,18 +73,34 @@ def rows_in_use(frames: int, per_frame: int, device: torch.device) -> Tensor:
     return lengths
 
 
-def batch_layout(frames: list[int], per_frame: int, device: torch.device) -> PageLayout:
-    """Lay out the memories of a batch, `frames[b]` frames each, one after the other in one pool of pages."""
-    needed = [page_count(n, per_frame) for n in frames]
-    count, pages = torch.tensor([frames, needed], device=device)
+def video_layout(frames: int, per_frame: int, device: torch.device) -> PageLayout:
+    """One video's memory: rows are the visual tokens of all frames in order, then their newlines."""
+    slots, position_ids = frame_slots(torch.arange(frames, device=device), per_frame)
+    return _single(position_ids, slots, page_count(frames, per_frame))
+
+
+def row_layout(position_ids: Tensor) -> PageLayout:
+    """One memory whose rows, with these ids (rows,), fill pages in order: that of images."""
+    slots = torch.arange(len(position_ids), device=position_ids.device)
+    return _single(position_ids, slots, _ceil_div(len(position_ids), PAGE_SIZE))
+
+
+def join_layouts(layouts: list[PageLayout | None], device: torch.device) -> PageLayout:
+    """The memories of a batch, one after the other in one pool of pages; None for a sample without any."""
+    given = [layout for layout in layouts if layout is not None]
+    pages = torch.tensor([layout.num_pages if layout else 0 for layout in layouts], device=device)
     first_page = pages.cumsum(0) - pages
-    sample = torch.arange(len(frames), device=device).repeat_interleave(count, output_size=sum(frames))
-    frame = torch.arange(sum(frames), device=device) - (count.cumsum(0) - count)[sample]
-    slots, position_ids = frame_slots(frame, per_frame)
-    owner = torch.cat([sample.repeat_interleave(per_frame), sample])
-    column = torch.arange(max(needed), device=device)
+    column = torch.arange(max(layout.num_pages for layout in given), device=device)
     page_table = torch.where(column < pages[:, None], first_page[:, None] + column, -1).to(torch.int32)
-    return PageLayout(position_ids, slots + first_page[owner] * PAGE_SIZE, page_table, sum(needed))
+    firsts = [first for first, layout in zip(first_page, layouts, strict=True) if layout is not None]
+    slots = [layout.slots + first * PAGE_SIZE for first, layout in zip(firsts, given, strict=True)]
+    position_ids = torch.cat([layout.position_ids for layout in given])
+    return PageLayout(position_ids, torch.cat(slots), page_table, sum(layout.num_pages for layout in given))
+
+
+def _single(position_ids: Tensor, slots: Tensor, pages: int) -> PageLayout:
+    table = torch.arange(pages, dtype=torch.int32, device=slots.device)[None]
+    return PageLayout(position_ids, slots, table, pages)
 
 
 Whole = TypeVar("Whole", int, Tensor)

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from hourllava.errors import QuestionError
 from hourllava.memory import MemoryPages, VideoMemory
-from hourllava.memory.pages import PAGE_SIZE, batch_layout, frame_slots
+from hourllava.memory.pages import PAGE_SIZE, frame_slots, video_layout
 
-from .forgetting import remembered_frames, spread_frames
+from .forgetting import Forgetting, remembered_frames, spread_frames
+from .inputs import check_length
 from .memaug import MemoryUse
 from .prompt import build_prompt, time_instruction
+from .remembering import Choice, keep_of_video, repeat_frames
 from .stream import Interleaved, interleave, query_stream
 from .watching import memory_fingerprint
 
@@ -55,6 +57,9 @@ class AskOptions:
     budget_pages: int | None = None  # pages that each MemAug block may read, chosen by `retrieve`
     memaug: bool = True  # False: the decoder gets the kept tokens as they are
     use_memory: bool = True  # False: MemAug runs without its attention to the memory
+    temporal_forgetting: str | None = None  # instead of the config's rules and seed
+    spatial_forgetting: str | None = None
+    forgetting_seed: int | None = None
 
 
 @torch.no_grad()
@@ -97,13 +102,20 @@ def _prefill(
     """The decoder's input (1, M, C), and each second's share of the question's attention (T,)."""
     is_image = model.image_tokens(ids)[None]
     frames, per_frame = remembered_frames(model.config, memory.frames), memory.shape.per_frame
-    tokens = model.remember(memory.tokens)
-    kept = model.forget(tokens, [frames])
+    tokens = repeat_frames(model.config, memory.tokens)
     text = model.model.embed_tokens(ids.masked_fill(is_image[0], 0))
+    rules = (options.temporal_forgetting, options.spatial_forgetting, options.forgetting_seed)
+    behind = query_mask & (is_image[0].cumsum(0) > 0)
+    choice = Choice(Forgetting.of(model.config, *rules), text[behind])
+    kept = keep_of_video(model.config, tokens, model.model.image_newline, choice)
+    lengths = [len(kept.tokens)]
+    final = interleave(is_image, ~is_image, lengths)
+    limit = model.config.text_config.max_position_embeddings
+    check_length("question", final.lengths[0] + options.max_new_tokens, lengths[0], limit)
     visual, mass = kept.tokens, tokens.new_zeros(memory.frames, dtype=torch.float32)
     if options.memaug:
-        span = frames * (per_frame + 1)
-        rows, stream = query_stream(is_image, query_mask[None], kept.position_ids, kept.lengths, [span])
+        span = [frames * (per_frame + 1)]
+        rows, stream = query_stream(is_image, query_mask[None], kept.position_ids, lengths, span)
         use = MemoryUse(options.use_memory, options.budget_pages, _evidence_rows(rows) if options.use_memory else None)
         augmented, page_mass = model.model.vision_resampler(
             torch.cat([text, kept.tokens])[rows.order], stream, _pages(model, memory, tokens), use
@@ -111,8 +123,7 @@ def _prefill(
         visual = augmented[rows.visual]
         if page_mass is not None:
             mass = _mass_of_seconds(page_mass, frames, memory)
-    rows = interleave(is_image, ~is_image, kept.lengths)
-    return torch.cat([text, visual])[rows.order][None], mass
+    return torch.cat([text, visual])[final.order][None], mass
 
 
 def _evidence_rows(rows: Interleaved) -> Tensor:
@@ -125,7 +136,7 @@ def _pages(model: "HourLlavaForConditionalGeneration", memory: VideoMemory, toke
     if len(tokens) == memory.frames:
         return memory.pages
     newline = model.model.image_newline.expand(len(tokens), -1)
-    layout = batch_layout([len(tokens)], memory.shape.per_frame, tokens.device)
+    layout = video_layout(len(tokens), memory.shape.per_frame, tokens.device)
     return model.model.vision_resampler.write(torch.cat([tokens.flatten(0, 1), newline]), layout)
 
 

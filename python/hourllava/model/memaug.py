@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import hourllava_ext as ext
 from hourllava.memory.pages import PAGE_SIZE, MemoryPages, PageLayout
@@ -93,7 +94,7 @@ class CrossAttention(nn.Module):
         return self.Wo(out.flatten(1)), page_mass
 
 
-class Block(nn.Module):
+class Block(GradientCheckpointingLayer):
     """Self-attention, cross-attention and MLP, each followed by the norm of its residual sum."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -157,24 +158,18 @@ class MemAug(nn.Module):
 
 
 def _attend_within_samples(query: Tensor, key: Tensor, value: Tensor, stream: QueryStream) -> Tensor:
-    """Attention of packed rows (M, H, D) within each sample; rows are padded only here, and only if lengths differ."""
-    lengths = stream.lengths
-    batch, longest = len(lengths), max(lengths)
-    mask = place = None
-    if batch * longest != len(query):
-        start = stream.cu_seqlens[:-1].to(torch.int64)
-        length = torch.diff(stream.cu_seqlens).to(torch.int64)
-        sample = torch.arange(batch, device=query.device).repeat_interleave(length, output_size=len(query))
-        place = sample * longest + torch.arange(len(query), device=query.device) - start[sample]
-        mask = (torch.arange(longest, device=query.device) < length[:, None])[:, None, None]
+    """Attention of packed rows (M, H, D) within each sample; no sample is padded to the length of another."""
+    grouped = query.shape[1] != key.shape[1]
+    lengths = [length for length in stream.lengths if length]
+    alike = len(set(lengths)) == 1
+    shape = (len(lengths), lengths[0]) if alike else (1, len(query))
 
     def to_batch(x: Tensor) -> Tensor:
-        if place is not None:
-            x = x.new_zeros(batch * longest, *x.shape[1:]).index_copy(0, place, x)
-        return x.view(batch, longest, *x.shape[1:]).transpose(1, 2)
+        return x.view(*shape, *x.shape[1:]).transpose(1, 2)
 
-    grouped = query.shape[1] != key.shape[1]
-    query, key, value = to_batch(query), to_batch(key), to_batch(value)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped)
-    out = out.transpose(1, 2).flatten(0, 1)
-    return out if place is None else out[place]
+    queries, keys, values = ([to_batch(x)] if alike else to_batch(x).split(lengths, 2) for x in (query, key, value))
+    out = [
+        F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+        for q, k, v in zip(queries, keys, values, strict=True)
+    ]
+    return torch.cat([o.transpose(1, 2).flatten(0, 1) for o in out])

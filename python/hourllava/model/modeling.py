@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hour-LLaVA as a transformers model: a video's tokens become pages of memory, a few of them become queries, MemAug
-lets those read the memory, and the decoder reads the augmented queries in place of the video (SPEC A.3 to A.7)."""
+"""Hour-LLaVA as a transformers model: tokens of videos and images become pages of memory, a few become queries, MemAug
+lets those read the memory, and the decoder reads the augmented queries in place of the pictures (SPEC A.3 to A.7)."""
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, TypedDict, cast
 
 import torch
@@ -13,41 +12,43 @@ from transformers import GenerationMixin, PreTrainedTokenizerBase, Qwen2Model, Q
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import hourllava_ext as ext
-from hourllava.errors import ModelError
+from hourllava.errors import InputError, ModelError
 from hourllava.memory import VideoMemory
-from hourllava.memory.pages import batch_layout
+from hourllava.memory.pages import join_layouts
 
 from . import asking, watching
 from .asking import Answer, AskOptions
 from .configuration import ORIGINAL_IMAGE_TOKEN, HourLlavaConfig
-from .forgetting import kept_frames, remembered_frames, spatial_picks, spread_frames
+from .forgetting import Forgetting
+from .inputs import Visual, check_content, check_lengths, check_targets, group_by_sample, read_visuals
 from .memaug import MemAug, MemoryUse
 from .prompt import load_tokenizer
+from .remembering import Choice, Remembered, remember_images, remember_tiles, remember_video
 from .stream import Interleaved, interleave, pad_rows, query_stream
 from .vision import VisionTower
 
 
-class VideoOptions(TypedDict, total=False):
-    """Keyword arguments of `forward` and `generate` that say how the videos are used."""
+class VisualOptions(TypedDict, total=False):
+    """Keyword arguments of `forward` and `generate` that say how images and videos are used.
 
-    picks: list[Tensor] | None  # per sample (T_mem, k) int64: tokens kept of every remembered frame
+    `spatial_picks` and `frame_picks` hold one entry, or None, for each <image> mark. Picks are int64: of a video
+    (T_mem, k), tokens of every remembered frame; of an image of one tile (k,); of a tiled image (k,), where ids below N
+    are tokens of the base and the others, less N, of the unpadded grid, ascending.
+    """
+
     query_mask: Tensor | None  # (B, L) bool: text tokens that join MemAug's queries
+    spatial_picks: list[Tensor | None] | None
+    frame_picks: list[Tensor | None] | None  # of a video (n,) int64, ascending: the remembered frames that stay
+    temporal_forgetting: str | None  # instead of the config's rules and seed
+    spatial_forgetting: str | None
+    forgetting_seed: int | None
     memaug: bool  # False sends the kept tokens to the decoder as they are
     use_memory: bool  # False drops MemAug's attention to the memory
 
 
-@dataclass(frozen=True)
-class KeptTokens:
-    """The visual tokens that become queries, of all samples end to end."""
-
-    tokens: Tensor  # (V, C)
-    position_ids: Tensor  # (V,) int64, each in its own memory
-    lengths: list[int]  # per sample
-
-
-def pop_video_options(kwargs: dict[str, Any]) -> VideoOptions:
-    """Move the options of `VideoOptions` out of a forward's keyword arguments."""
-    return cast(VideoOptions, {name: kwargs.pop(name) for name in VideoOptions.__annotations__ if name in kwargs})
+def pop_visual_options(kwargs: dict[str, Any]) -> VisualOptions:
+    """Move the options of `VisualOptions` out of a forward's keyword arguments."""
+    return cast(VisualOptions, {name: kwargs.pop(name) for name in VisualOptions.__annotations__ if name in kwargs})
 
 
 class HourLlavaModel(Qwen2Model):
@@ -62,9 +63,33 @@ class HourLlavaModel(Qwen2Model):
         self.vision_tower = None if config.vision_config is None else VisionTower(config.vision_config)
         self.post_init()
 
+    def project(self, visuals: list[Visual], video_grid: int) -> list[tuple[Tensor, Tensor]]:
+        """Features (n, N, Cv) of each, pooled if they are a video's, and the tokens (n, N, C) projected from them.
+
+        Raises:
+            ModelError: there are pixels, but no tower.
+        """
+        features = [visual.content for visual in visuals]
+        for modality, grid in (("video", video_grid), ("image", None)):
+            chosen = [index for index, visual in enumerate(visuals) if visual.modality == modality]
+            pixels = [index for index in chosen if features[index].dim() == 4]
+            if pixels and self.vision_tower is None:
+                raise ModelError("model", "it was built without a vision tower", "give vision_features instead")
+            if pixels:
+                encoded = cast(VisionTower, self.vision_tower).encode([features[index] for index in pixels], grid)
+                for index, feature in zip(pixels, encoded, strict=True):
+                    features[index] = feature
+            for index in chosen:
+                features[index] = features[index].to(self.image_newline)
+                if grid and features[index].shape[1] > grid**2:
+                    features[index] = ext.pool_grid(features[index], grid)
+        rows = self.mm_projector(torch.cat([feature.flatten(0, 1) for feature in features]))
+        tokens = rows.split([feature.shape[0] * feature.shape[1] for feature in features])
+        return [(f, t.view(*f.shape[:2], -1)) for f, t in zip(features, tokens, strict=True)]
+
 
 class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
-    """Answers questions about videos.
+    """Answers questions about videos and images.
 
     `forward` trains or scores whole batches; `generate` continues them. For one long video and many questions, see
     `watch` and `ask`, which keep the video's memory between questions.
@@ -90,90 +115,76 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        pixel_values_videos: list[Tensor] | None = None,
-        video_features: list[Tensor] | None = None,
+        pixel_values: Sequence[Tensor] | None = None,
+        vision_features: Sequence[Tensor] | None = None,
+        modalities: Sequence[str] | None = None,
+        image_sizes: Sequence[tuple[int, int] | None] | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """One video a sample, its tokens put in place of the sample's single image token.
+        """Visual tokens put in place of the <image> marks: one video a sample, one image in tiles, several images of
+        one tile each, or none; samples of a batch may differ.
 
         Args:
-            input_ids: (B, L) int64, right padded.
-            attention_mask: (B, L), zero at padding; None means no padding.
-            labels: (B, L), -100 where nothing is to be predicted.
-            pixel_values_videos: per sample (T, 3, S, S), uint8 RGB or normalised floats.
-            video_features: per sample (T, N, Cv) tower outputs, instead of pixels.
+            input_ids, attention_mask, labels: (B, L), padded at either side; labels are -100 where nothing is learnt.
+            pixel_values: for each mark, in reading order over the batch, the frames of a video or the tiles of an image
+                (n, 3, S, S), uint8 RGB or normalised floats.
+            vision_features: (n, N, Cv) tower outputs, instead of pixels; a video's may be pooled already.
+            modalities: "video" or "image" for each mark; None means videos.
+            image_sizes: the (height, width) of each tiled image, None for the others.
             logits_to_keep: only the last so many positions (0: all).
-            kwargs: `VideoOptions`, and what the decoder takes (`past_key_values`, `use_cache`, ...). `query_mask` is
+            kwargs: `VisualOptions`, and what the decoder takes (`past_key_values`, `use_cache`, ...). `query_mask` is
                 by default where `labels` is -100, or every token when there are no labels.
 
         Returns:
-            loss if labels are given, and logits over the expanded, right padded sequences.
+            loss if labels are given, and logits over the expanded sequences, padded at the side that `input_ids` is.
 
         Raises:
-            ModelError: a sample has not exactly one image token, or the model has no tower for pixels.
+            InputError: marks and visual inputs do not match, a sample is longer than the decoder reads, or its labels
+                are all ignored; the message names the sample.
+            ModelError: the model has no tower for pixels.
         """
-        options = pop_video_options(kwargs)
-        if pixel_values_videos is not None or video_features is not None:
-            if input_ids is None:
-                raise ModelError("model input", "there are videos but no input_ids", "give the prompts' ids")
-            video = self.encode_videos(pixel_values_videos, video_features)
-            inputs_embeds, rows = self._embed(input_ids, attention_mask, labels, video, options)
-            if labels is not None:
-                flat = torch.cat([labels.flatten(), labels.new_full((len(rows.order),), -100)])
-                labels = pad_rows(flat[rows.order], rows, -100)
-            # Padding stands at the right, where causal attention never looks back from: no mask is needed.
-            inputs_embeds, input_ids, attention_mask = pad_rows(inputs_embeds, rows, 0.0), None, None
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
+        options = pop_visual_options(kwargs)
+        past = kwargs.get("past_key_values")
+        visuals = read_visuals(pixel_values, vision_features, modalities, image_sizes)
+        if visuals and input_ids is None:
+            raise InputError("model input", "there are images or videos, but no input_ids", "give the prompts' ids")
+        # Not so once there is a cache, which holds the prompt, or a mask that `generate` has made for one.
+        is_prompt = not (past is not None and past.get_seq_length()) and getattr(attention_mask, "ndim", 2) == 2
+        if input_ids is not None and is_prompt:
+            inputs_embeds, labels, rows = self._expand(input_ids, attention_mask, labels, visuals, options)
+            # Causal attention never looks at padding at the right: only padding at the left needs a mask.
+            attention_mask, position_ids = (None, None) if rows is None else _left_padding(rows)
+            input_ids = None
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        rest = {name: outputs.get(name) for name in ("past_key_values", "hidden_states", "attentions")}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
         self,
         inputs: Tensor | None = None,
-        pixel_values_videos: list[Tensor] | None = None,
-        video_features: list[Tensor] | None = None,
+        pixel_values: Sequence[Tensor] | None = None,
+        vision_features: Sequence[Tensor] | None = None,
+        modalities: Sequence[str] | None = None,
+        image_sizes: Sequence[tuple[int, int] | None] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """transformers' `generate`; videos are taken in once, before the first token, as in `forward`."""
+        """transformers' `generate`; images and videos are taken in once, before the first token, as in `forward`."""
         inputs = kwargs.pop("input_ids", inputs)
-        if pixel_values_videos is None and video_features is None:
+        visuals = read_visuals(pixel_values, vision_features, modalities, image_sizes)
+        options = pop_visual_options(kwargs)
+        if not visuals:
             return super().generate(inputs, **kwargs)  # type: ignore[misc]
-        options = pop_video_options(kwargs)
-        video = self.encode_videos(pixel_values_videos, video_features)
-        packed, rows = self._embed(inputs, kwargs.pop("attention_mask", None), None, video, options)
+        packed, rows = self._embed(inputs, kwargs.pop("attention_mask", None), None, visuals, options)
         embeds = pad_rows(packed, rows, 0.0, left=True)
-        mask = pad_rows(torch.ones_like(rows.order), rows, 0, left=True)
+        mask, _ = _left_padding(rows)
         return super().generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)  # type: ignore[misc]
-
-    def encode_videos(self, pixels: list[Tensor] | None, features: list[Tensor] | None) -> list[Tensor]:
-        """Projected tokens (T, N, C) of each video, from (T, 3, S, S) pixels or (T, patches, Cv) features."""
-        if features is None:
-            assert pixels is not None
-            if self.model.vision_tower is None:
-                raise ModelError("model", "it was built without a vision tower", "give video_features instead")
-            features = list(self.model.vision_tower(torch.cat(pixels)).split([len(frames) for frames in pixels]))
-        frames = [len(video) for video in features]
-        tokens = self.config.video_grid**2
-        pooled = [ext.pool_grid(f, self.config.video_grid) if f.shape[1] > tokens else f for f in features]
-        return list(self.model.mm_projector(torch.cat(pooled)).split(frames))
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -249,73 +260,116 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
         """(B, L) bool: where visual tokens go."""
         return (input_ids == self.config.image_token_id) | (input_ids == ORIGINAL_IMAGE_TOKEN)
 
+    def _expand(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        visuals: list[Visual],
+        options: VisualOptions,
+    ) -> tuple[Tensor, Tensor | None, Interleaved | None]:
+        """The decoder's input (B, longest, C) and the labels for it, and the rows if they are padded at the left."""
+        packed, rows = self._embed(input_ids, attention_mask, labels, visuals, options)
+        left = attention_mask is not None and not bool(attention_mask[:, 0].all())
+        if labels is not None:
+            flat = torch.cat([labels.flatten(), labels.new_full((len(rows.order),), -100)])
+            labels = pad_rows(flat[rows.order], rows, -100, left)
+        return pad_rows(packed, rows, 0.0, left), labels, rows if left else None
+
     def _embed(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None,
         labels: Tensor | None,
-        video: list[Tensor],
-        options: VideoOptions,
+        visuals: list[Visual],
+        options: VisualOptions,
     ) -> tuple[Tensor, Interleaved]:
         """The decoder's input rows, text and augmented visual tokens interleaved: (M, C) packed, and their order."""
         is_image = self.image_tokens(input_ids)
         valid = torch.ones_like(is_image) if attention_mask is None else attention_mask.bool()
-        if len(video) != len(input_ids) or not bool(((is_image & valid).sum(1) == 1).all()):
-            raise ModelError(
-                "model input",
-                f"{len(video)} videos for {len(input_ids)} prompts with {int(is_image.sum())} image tokens",
-                "give every prompt exactly one image token and one video",
-            )
+        marks = is_image & valid
+        groups = group_by_sample(marks, visuals)
+        check_content(groups, self.config)
+        if labels is not None:
+            check_targets((labels != -100) & valid & ~marks)
         keep = options.get("query_mask")
         if keep is None:
             keep = torch.ones_like(valid) if labels is None else labels == -100
-        text = self.model.embed_tokens(input_ids.masked_fill(is_image, 0)).flatten(0, 1)
-        visual, lengths = self._augment(text, is_image, keep & valid & ~is_image, video, options)
-        rows = interleave(is_image, valid & ~is_image, lengths)
-        return torch.cat([text, visual])[rows.order], rows
+        text = self.model.embed_tokens(input_ids.masked_fill(is_image, 0))
+        lengths: list[int] = []
+        packed = text.flatten(0, 1)
+        if visuals:
+            visual, lengths = self._augment(text, marks, keep.bool() & valid & ~is_image, groups, options)
+            packed = torch.cat([packed, visual])
+        rows = interleave(marks, valid & ~is_image, lengths)
+        check_lengths(rows.lengths, lengths, groups, self.config.text_config.max_position_embeddings)
+        packed = packed[rows.order]
+        if self.training and not visuals:
+            packed = packed + 0 * self._parameters_of_visuals()
+        return packed, rows
 
     def _augment(
-        self, text: Tensor, is_image: Tensor, keep: Tensor, video: list[Tensor], options: VideoOptions
+        self, text: Tensor, marks: Tensor, keep: Tensor, groups: list[list[Visual]], options: VisualOptions
     ) -> tuple[Tensor, list[int]]:
-        """The kept visual tokens (V, C) of all samples after MemAug, and how many each sample has."""
-        memory = torch.cat([self.remember(tokens) for tokens in video])
-        frames = [remembered_frames(self.config, len(tokens)) for tokens in video]
-        kept = self.forget(memory, frames, options.get("picks"))
+        """The kept visual tokens (V, C) of all samples after MemAug, and how many each mark has."""
+        remembered = self._remember(text, marks, keep, groups, options)
+        kept = [kept for memory in remembered if memory for kept in memory.kept]
+        visual, lengths = torch.cat([k.tokens for k in kept]), [len(k.tokens) for k in kept]
         if not options.get("memaug", True):
-            return kept.tokens, kept.lengths
-        spans = [count * (memory.shape[1] + 1) for count in frames]
-        rows, stream = query_stream(is_image, keep, kept.position_ids, kept.lengths, spans)
-        layout = batch_layout(frames, memory.shape[1], memory.device)
-        newline = self.model.image_newline.expand(len(memory), -1)
-        pages = self.model.vision_resampler.write(torch.cat([memory.flatten(0, 1), newline]), layout)
-        queries = torch.cat([text, kept.tokens])[rows.order]
+            return visual, lengths
+        position_ids = torch.cat([k.position_ids for k in kept])
+        rows, stream = query_stream(marks, keep, position_ids, lengths, [k.span for k in kept])
+        layout = join_layouts([memory.layout if memory else None for memory in remembered], visual.device)
+        tokens = [memory.tokens for memory in remembered if memory]
+        pages = self.model.vision_resampler.write(tokens[0] if len(tokens) == 1 else torch.cat(tokens), layout)
+        queries = torch.cat([text.flatten(0, 1), visual])[rows.order]
         use = MemoryUse(use_memory=options.get("use_memory", True))
         augmented, _ = self.model.vision_resampler(queries, stream, pages, use)
-        return augmented[rows.visual], kept.lengths
+        return augmented[rows.visual], lengths
 
-    def remember(self, tokens: Tensor) -> Tensor:
-        """Projected tokens (T, N, C) as the memory holds them: repeated evenly if there are fewer than `min_frames`."""
-        wanted = remembered_frames(self.config, len(tokens))
-        return tokens if wanted == len(tokens) else tokens[spread_frames(len(tokens), wanted).to(tokens.device)]
+    def _remember(
+        self, text: Tensor, marks: Tensor, keep: Tensor, groups: list[list[Visual]], options: VisualOptions
+    ) -> list[Remembered | None]:
+        """Each sample's memory, None where there is nothing to see."""
+        encoded = iter(self.model.project([v for group in groups for v in group], self.config.video_grid))
+        forgetting = self.forgetting(options)
+        count = sum(map(len, groups))
+        frame_picks = iter(options.get("frame_picks") or [None] * count)
+        spatial_picks = iter(options.get("spatial_picks") or [None] * count)
+        behind = keep & (marks.cumsum(1) > 0)
+        memories: list[Remembered | None] = []
+        for number, group in enumerate(groups):
+            given = [next(encoded) for _ in group]
+            question = text[number][behind[number]]
+            choices = [Choice(forgetting, question, f, next(frame_picks), next(spatial_picks)) for f, _ in given]
+            tokens = [t for _, t in given]
+            newline = self.model.image_newline.to(tokens[0].dtype) if group else None
+            if newline is None:
+                memories.append(None)
+            elif group[0].modality == "video":
+                memories.append(remember_video(self.config, tokens[0], newline, choices[0]))
+            elif len(tokens[0]) > 1:
+                size = cast(tuple[int, int], group[0].size)
+                memories.append(remember_tiles(self.config, tokens[0], newline, choices[0], size))
+            else:
+                memories.append(remember_images(self.config, torch.cat(tokens), newline, choices))
+        return memories
 
-    def forget(self, memory: Tensor, frames: list[int], picks: list[Tensor] | None = None) -> KeptTokens:
-        """Keep the queries of a batch of memories.
+    def forgetting(self, options: VisualOptions) -> Forgetting:
+        """The rules of forgetting: those of a call where it names some, else the config's."""
+        named = (options.get("temporal_forgetting"), options.get("spatial_forgetting"), options.get("forgetting_seed"))
+        return Forgetting.of(self.config, *named)
 
-        Args:
-            memory: (sum of frames, N, C), all memories end to end.
-            frames: remembered frames of each.
-            picks: tokens to keep of every remembered frame of each, (T_mem, k) int64; None applies the config's rule.
-        """
-        per_frame = memory.shape[1]
-        kept = [kept_frames(self.config, count).to(memory.device) for count in frames]
-        if picks is None:
-            patches = spatial_picks(self.config, torch.cat(kept), per_frame)
-        else:
-            patches = torch.cat([pick[chosen] for pick, chosen in zip(picks, kept, strict=True)]).to(torch.int64)
-        count = torch.tensor(frames)
-        first = (count.cumsum(0) - count).repeat_interleave(torch.tensor([len(k) for k in kept])).to(memory.device)
-        newline = self.model.image_newline.to(memory.dtype)  # under autocast, tokens are narrower than weights
-        tokens, position_ids = ext.forget(memory, torch.cat(kept) + first, patches.contiguous(), newline)
-        position_ids = position_ids - first[:, None] * (per_frame + 1)
-        lengths = [len(k) * tokens.shape[1] for k in kept]
-        return KeptTokens(tokens.flatten(0, 1), position_ids.flatten(), lengths)
+    def _parameters_of_visuals(self) -> Tensor:
+        """Their sum. A batch of text adds none of it, so that they get gradients, of zero, in every step: what keeps
+        the processes of a distributed run in step."""
+        inner = self.model
+        modules = [m for m in (inner.mm_projector, inner.vision_resampler, inner.vision_tower) if m is not None]
+        parameters = [inner.image_newline, *(p for module in modules for p in module.parameters())]
+        return torch.stack([p.sum() for p in parameters if p.requires_grad] or [parameters[0].new_zeros(())]).sum()
+
+
+def _left_padding(rows: Interleaved) -> tuple[Tensor, Tensor]:
+    """The decoder's attention mask and position ids (B, longest) of rows padded at the left."""
+    mask = pad_rows(torch.ones_like(rows.order), rows, 0, left=True)
+    return mask, pad_rows(rows.rank, rows, 0, left=True)

@@ -12,10 +12,10 @@ class Interleaved:
     """Rows of B sequences end to end, as indices into [every text token of the batch; every visual token]."""
 
     order: Tensor  # (M,) int64: text token b * L + l, or B * L + visual token
+    token: Tensor  # (M,) int64: text token, or for visual rows the <image> mark, b * L + l
     sample: Tensor  # (M,) int64: the sequence each row belongs to
     visual: Tensor  # (M,) bool
     rank: Tensor  # (M,) int64: place of the row in its sequence
-    visual_rank: Tensor  # (M,) int64: place among the sequence's visual tokens, for visual rows
     lengths: list[int]  # rows of each sequence
 
 
@@ -29,11 +29,17 @@ class QueryStream:
 
 
 def interleave(is_image: Tensor, keep: Tensor, visual_lengths: list[int]) -> Interleaved:
-    """Put `visual_lengths[b]` visual tokens where `is_image` (B, L) stands, between the text to `keep` (B, L)."""
+    """Put visual tokens at the marks and keep some of the text.
+
+    Args:
+        is_image: (B, L) bool, the marks, any number a sample.
+        keep: (B, L) bool, text that stays.
+        visual_lengths: visual tokens of each mark, in reading order over the batch.
+    """
     batch, length = keep.shape
     device = keep.device
-    visual_count = torch.tensor(visual_lengths, device=device)
-    count = torch.where(is_image, visual_count[:, None], keep.to(torch.int64))
+    visual_count = torch.tensor(visual_lengths, dtype=torch.int64, device=device)
+    count = keep.to(torch.int64).masked_scatter(is_image, visual_count)
     lengths = count.sum(1)
     total = lengths.tolist()
     flat = count.flatten()
@@ -41,39 +47,36 @@ def interleave(is_image: Tensor, keep: Tensor, visual_lengths: list[int]) -> Int
     row = torch.arange(sum(total), device=device)
     sample = token // length
     visual = is_image.flatten()[token]
-    visual_rank = row - (flat.cumsum(0) - flat)[token]
-    visual_start = visual_count.cumsum(0) - visual_count
-    order = torch.where(visual, batch * length + visual_start[sample] + visual_rank, token)
+    shown = flat.masked_fill(~is_image.flatten(), 0)
+    in_mark = row - (flat.cumsum(0) - flat)[token]
+    order = torch.where(visual, batch * length + (shown.cumsum(0) - shown)[token] + in_mark, token)
     rank = row - (lengths.cumsum(0) - lengths)[sample]
-    return Interleaved(order, sample, visual, rank, visual_rank, total)
+    return Interleaved(order, token, sample, visual, rank, total)
 
 
 def query_stream(
     is_image: Tensor, keep: Tensor, kept_positions: Tensor, visual_lengths: list[int], spans: list[int]
 ) -> tuple[Interleaved, QueryStream]:
-    """MemAug's query stream of a batch (SPEC A.4): kept text, with the kept visual tokens at the video's place.
+    """MemAug's query stream of a batch (SPEC A.4): kept text, with the kept visual tokens at their marks.
 
     Args:
-        is_image: (B, L) bool, where the video goes; one place a sample.
+        is_image: (B, L) bool, the marks; a sample without any has no stream.
         keep: (B, L) bool, text tokens that join the stream.
         kept_positions: (V,) int64, position ids of all kept visual tokens in their own memories.
-        visual_lengths: kept visual tokens of each sample, summing to V.
-        spans: positions that each memory spans, 65 T: text behind the video goes on from there.
+        visual_lengths: kept visual tokens of each mark, summing to V.
+        spans: positions that each mark takes up, 65 T for a video: what stands behind it goes on from there.
 
     Returns:
-        the interleaving, and the stream's positions and bounds. Visual ids are shifted by the text before them
+        the interleaving, and the stream's positions and bounds. Visual ids are shifted by what stands before them
         although the memory's own ids are not: released checkpoints were trained so.
     """
-    rows = interleave(is_image, keep, visual_lengths)
+    rows = interleave(is_image, keep & is_image.any(1, keepdim=True), visual_lengths)
     device = keep.device
-    before = (keep & (is_image.cumsum(1) == 0)).sum(1)[rows.sample]
-    visual_count = torch.tensor(visual_lengths, device=device)[rows.sample]
-    span = torch.tensor(spans, device=device)[rows.sample]
-    text = torch.where(rows.rank < before, rows.rank, rows.rank - visual_count + span)
-    visual_token = (rows.order - keep.numel()).clamp(min=0)
-    position_ids = torch.where(rows.visual, before + kept_positions[visual_token], text)
+    span = keep.to(torch.int64).masked_scatter(is_image, torch.tensor(spans, dtype=torch.int64, device=device))
+    position_ids = (span.cumsum(1) - span).flatten()[rows.token]
+    shift = torch.cat([kept_positions.new_zeros(keep.numel()), kept_positions])[rows.order]
     bounds = torch.tensor([0, *rows.lengths], device=device).cumsum(0)
-    return rows, QueryStream(position_ids, bounds, rows.lengths)
+    return rows, QueryStream(position_ids + shift, bounds, rows.lengths)
 
 
 def pad_rows(x: Tensor, rows: Interleaved, fill: float, left: bool = False) -> Tensor:

@@ -7,6 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
+import hourllava_ext as ext
+
+CHUNK = 128
+
 
 class VisionTower(nn.Module):
     """transformers' SigLIP under the original's names; its `post_layernorm` is kept in checkpoints but never run."""
@@ -22,7 +26,22 @@ class VisionTower(nn.Module):
     def forward(self, frames: Tensor) -> Tensor:
         """Frames (T, 3, S, S), uint8 RGB or already normalised floats, to features (T, patches, width)."""
         tower = self.model
-        pixels = frames.to(tower.post_layernorm.weight.dtype)
-        if frames.dtype == torch.uint8:
-            pixels = pixels / 127.5 - 1
-        return tower.encoder(inputs_embeds=tower.embeddings(pixels)).last_hidden_state
+        return tower.encoder(inputs_embeds=tower.embeddings(self._normalise(frames))).last_hidden_state
+
+    def encode(self, frames: list[Tensor], grid: int | None) -> list[Tensor]:
+        """Features (n, patches, width) of each entry's (n, 3, S, S), pooled to grid * grid where that is given.
+
+        Entries share passes of 128 frames, so that an hour's patches never exist at once if they are pooled.
+        """
+        together = frames if len({f.dtype for f in frames}) == 1 else [self._normalise(f) for f in frames]
+        passes = []
+        for part in torch.cat([f.to(self.model.post_layernorm.weight.device) for f in together]).split(CHUNK):
+            features = self(part)
+            if grid is not None and features.shape[1] > grid**2:
+                features = ext.pool_grid(features, grid)
+            passes.append(features)
+        return list(torch.cat(passes).split([len(f) for f in frames]))
+
+    def _normalise(self, frames: Tensor) -> Tensor:
+        pixels = frames.to(self.model.post_layernorm.weight)
+        return pixels / 127.5 - 1 if frames.dtype == torch.uint8 else pixels

@@ -15,6 +15,7 @@ from hourllava.errors import ModelError, VideoError
 from hourllava.memory import MemoryShape, VideoMemory
 from hourllava.video import VideoReader, open_video, resize_frames
 
+from .inputs import Visual
 from .memaug import rotary_frequencies
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class FrameWriter:
         size = self.model.config.vision_config.image_size
         if frames.shape[-2:] != (size, size):
             frames = resize_frames(frames, size)
-        return torch.stack(self.model.encode_videos([frames], None)).flatten(0, 1)
+        return self.model.model.project([Visual(frames, "video", None)], self.model.config.video_grid)[0][1]
 
     def keys_values(self, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
         newlines = self.model.model.image_newline.expand(len(tokens), -1)
