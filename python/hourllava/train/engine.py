@@ -102,7 +102,7 @@ def train_step(model: HourLlavaForConditionalGeneration, batch: Batch, stage: St
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             labels=batch.labels,
-            pixel_values=batch.pixels,
+            pixel_values_videos=batch.pixels,
             memaug=stage.memaug,
         )
     return output.loss + stage.grounding * grounding.loss(), _answers_right(output.logits, batch)
