@@ -169,7 +169,8 @@ def paged_attention(
     group = query.shape[1] // key_pages.shape[1]
     accumulate = accumulate_dtype(query.dtype)
     turned = rope(query, position_ids, inv_freq).to(accumulate)
-    outs, lses = [], []
+    # A batch without samples has nothing to join but the empty start.
+    outs, lses = [turned[:0]], [turned.new_zeros(query.shape[1], 0)]
     mass = torch.zeros(page_table.shape, dtype=accumulate)
     for b in range(page_table.shape[0]):
         begin, end = int(cu_seqlens[b]), int(cu_seqlens[b + 1])
@@ -187,7 +188,9 @@ def paged_attention(
         lses.append(lse)
         if mass_weight is not None and len(keys):
             row_weight = mass_weight[begin:end].to(accumulate)
-            per_key = torch.einsum("hmk,m->k", weights.detach(), row_weight) / (row_weight.sum() * query.shape[1])
+            total = row_weight.sum() * query.shape[1]
+            # Nothing weighs anything: no page has a share.
+            per_key = torch.einsum("hmk,m->k", weights.detach(), row_weight) / total.masked_fill(total == 0, 1)
             owner = listed.repeat_interleave(page_lengths[pages].long())
             mass[b].index_add_(0, owner, per_key)
     out, lse = torch.cat(outs).to(query.dtype), torch.cat(lses, dim=1)

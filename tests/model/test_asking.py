@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny_model import make_model
 
-from hourllava.errors import MemoryFileError, ModelError, QuestionError, VideoError
+from hourllava.errors import InputError, MemoryFileError, ModelError, QuestionError, VideoError
 from hourllava.memory import VideoMemory
 from hourllava.model import build_prompt
 from hourllava.model.asking import find_moments
@@ -236,6 +236,25 @@ def test_frames_of_any_size_and_a_video_file(tmp_path):
     assert seen == [3]
     assert model.watch(make_frames(2, size=80), progress=False).frames == 2
     assert memory.timings["decode"] > 0
+
+
+def test_a_question_may_forget_otherwise():
+    model = make_model()
+    memory = model.watch(make_frames(40), progress=False)
+    plain = model.ask(memory, QUESTION).top_tokens
+    for options in ({"temporal_forgetting": "question"}, {"spatial_forgetting": "random", "forgetting_seed": 5}):
+        answer = model.ask(memory, QUESTION, **options)
+        assert answer.top_tokens != plain
+        assert model.ask(memory, QUESTION, **options).top_tokens == answer.top_tokens
+    with pytest.raises(InputError, match="choose another temporal_forgetting"):
+        model.ask(memory, QUESTION, temporal_forgetting="keyframe")
+
+
+def test_a_question_longer_than_the_context():
+    model = make_model()
+    memory = model.watch(make_frames(4), progress=False)
+    with pytest.raises(InputError, match=r"question: it comes to .* but the decoder reads 4096"):
+        model.ask(memory, "a" * 4096)
 
 
 @pytest.mark.parametrize("question", ["", "   ", "\n"])

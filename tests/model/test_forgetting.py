@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from hourllava.errors import InputError
 from hourllava.model import tiny_config
-from hourllava.model.forgetting import kept_frames, spatial_picks, spread_frames
+from hourllava.model.forgetting import Forgetting, kept_frames, rank_frames, spatial_picks, spread_frames
 
 
 def test_frames_are_numpys_linspace():
@@ -46,6 +47,50 @@ def test_random_picks_depend_on_seed_frame_and_grid_only():
 
 def test_random_count_is_rounded_up():
     assert spatial_picks(tiny_config(spatial_forgetting="random"), torch.arange(2), (27, 27)).shape == (2, 183)
+
+
+def test_random_frames():
+    config = tiny_config(temporal_forgetting="random", max_kept_frames=50)
+    kept = kept_frames(config, 1000)
+    assert len(kept) == 50
+    assert bool((kept.diff() > 0).all())
+    assert torch.equal(kept_frames(config, 1000), kept)
+    other = kept_frames(config, 1000, Forgetting.of(config, seed=1))
+    assert len(set(kept.tolist()) & set(other.tolist())) < 15
+    # Over many seeds, early and late frames are kept alike: 500 of 1000 draws, give or take four deviations of 16.
+    late = sum(int(kept_frames(config, 4, Forgetting.of(config, seed=seed))[0]) >= 2 for seed in range(1000))
+    assert 436 < late < 564
+
+
+def test_keyframes_are_least_like_their_neighbours():
+    config = tiny_config(temporal_forgetting="keyframe", max_kept_frames=50)
+    features = torch.randn(40, 9, 12) + 2
+    rule = Forgetting.of(config)
+    kept = kept_frames(config, 40, rule, rank_frames(rule, features, features, features[0]))
+    unit = torch.nn.functional.normalize(features.mean(1), dim=-1)
+    scores = []
+    for frame in range(40):
+        first = min(max(frame - 4, 0), 31)
+        near = [n for n in range(first, first + 9) if n != frame]
+        scores.append(float((unit[near] @ unit[frame]).mean()))
+    assert kept.tolist() == sorted(sorted(range(40), key=scores.__getitem__)[:10])
+
+
+def test_question_guided_frames_are_most_like_the_words():
+    config = tiny_config(temporal_forgetting="question")
+    tokens, words = torch.randn(24, 4, 8), torch.randn(5, 8)
+    rule = Forgetting.of(config)
+    kept = kept_frames(config, 24, rule, rank_frames(rule, None, tokens, words))
+    likeness = torch.cosine_similarity(tokens.mean(1), words.mean(0)[None])
+    assert kept.tolist() == sorted(likeness.topk(6).indices.tolist())
+
+
+def test_rules_that_miss_what_they_compare():
+    tokens = torch.randn(24, 4, 8)
+    with pytest.raises(InputError, match="a memory does not keep the tower's features"):
+        rank_frames(Forgetting("keyframe", "uniform", 0), None, tokens, tokens[0])
+    with pytest.raises(InputError, match="no text joins the queries"):
+        rank_frames(Forgetting("question", "uniform", 0), None, tokens, tokens[0, :0])
 
 
 def test_unknown_rule():

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from tools import assert_error_rule
 
 from hourllava.memory.pages import join_layouts, video_layout
 from hourllava.model import tiny_config
@@ -30,8 +31,8 @@ def by_the_book(memaug, queries, stream, tokens, layout):
     frequencies = rotary_frequencies(config, queries.device)
 
     def turn(x, positions):
-        angle = (positions[:, None].float() * frequencies).to(x.dtype)
-        cos, sin, half = angle.cos(), angle.sin(), len(frequencies)
+        angle = (positions[:, None].float() * frequencies).to(torch.promote_types(x.dtype, torch.float32))
+        cos, sin, half = angle.cos().to(x.dtype), angle.sin().to(x.dtype), len(frequencies)
         return torch.cat(
             [
                 x[:, :half] * cos - x[:, half : 2 * half] * sin,
@@ -74,6 +75,15 @@ def test_block_by_the_book(lengths):
     out, mass = memaug(queries, stream, memaug.write(tokens, layout))
     assert mass is None
     torch.testing.assert_close(out, by_the_book(memaug, queries, stream, tokens, layout), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_error_rule(dtype):
+    memaug, queries, stream, tokens, layout = make_case((40, 23), (50, 9), dtype)
+    ours, _ = memaug(queries, stream, memaug.write(tokens, layout))
+    plain = by_the_book(memaug, queries, stream, tokens, layout)
+    exact = by_the_book(memaug.double(), queries.double(), stream, tokens.double(), layout)
+    assert_error_rule(ours, plain, exact)
 
 
 def test_bfloat16_is_near_float32():

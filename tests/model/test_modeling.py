@@ -266,6 +266,51 @@ def test_text_without_video(model):
     assert model(ids, labels=ids).logits.shape == (2, 6, 64)
 
 
+def test_text_alone_keeps_every_parameter_in_step():
+    model = make_model().train()
+    ids = torch.randint(4, 64, (2, 6))
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    assert not any(p.grad.any() for p in model.model.vision_resampler.parameters())
+    torch.testing.assert_close(loss, model.eval()(ids, labels=ids).loss)
+
+
+def test_one_call_may_forget_otherwise(model):
+    ids, _, feature = make_sample(1, 40)
+    arguments = {"input_ids": ids[None], "vision_features": [feature]}
+    plain = model(**arguments).logits
+    for rule in ("random", "keyframe", "question"):
+        named = model(**arguments, temporal_forgetting=rule).logits
+        assert not torch.equal(named, plain)
+        assert torch.equal(model(**arguments, temporal_forgetting=rule).logits, named)
+    drawn = [model(**arguments, spatial_forgetting="random", forgetting_seed=seed).logits for seed in (3, 3, 4)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    frames = torch.arange(10) * 39 // 9
+    assert torch.equal(model(**arguments, frame_picks=[frames]).logits, plain)
+    assert not torch.equal(model(**arguments, frame_picks=[frames + (frames < 39)]).logits, plain)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    model = make_model().train()
+    ids, labels, _ = make_sample(1, 1)
+    arguments = {"labels": labels[None], "pixel_values": [torch.rand(6, 3, 64, 64)]}
+    passes = []
+    for block in model.model.vision_resampler.blocks:
+        block.self_attn.register_forward_hook(lambda *_: passes.append("memaug"))
+    model.model.layers[0].self_attn.register_forward_hook(lambda *_: passes.append("decoder"))
+    gradients = []
+    for checkpoints in (False, True):
+        if checkpoints:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(ids[None], **arguments).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert (passes.count("memaug"), passes.count("decoder")) == (2 + 4, 1 + 2)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
 def test_training_under_autocast(model):
     ids, labels, _ = make_sample(1, 1)
     arguments = {"labels": labels[None], "pixel_values": [torch.rand(9, 3, 64, 64)]}

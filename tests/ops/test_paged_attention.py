@@ -80,13 +80,20 @@ def test_reference(shape: Shape, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [s for s in ODD if 0 not in s.tokens], ids=repr)
+@pytest.mark.parametrize("shape", ODD, ids=repr)
 def test_page_mass(shape: Shape, dtype: torch.dtype) -> None:
     args = clean(make(shape, dtype))
     weight = torch.rand(sum(shape.tokens), dtype=torch.promote_types(dtype, torch.float32))
     ours, plain = (partial(f, scale=0.1, mass_weight=weight) for f in (paged_attention, reference.paged_attention))
     exact = partial(reference.paged_attention, scale=0.1, mass_weight=weight.double())
     assert_matches_reference(ours, lambda *a: [plain, exact][a[0].dtype == torch.float64](*a), *args)
+
+
+def test_batch_without_samples() -> None:
+    args = clean(make(Shape(tokens=(), pages=())))
+    for function in (paged_attention, reference.paged_attention):
+        shapes = [tuple(result.shape) for result in function(*args, mass_weight=torch.zeros(0))]
+        assert shapes == [(0, 2, 16), (2, 0), (0, 1)]
 
 
 def test_mass_adds_up() -> None:
