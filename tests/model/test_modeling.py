@@ -311,6 +311,12 @@ def test_gradient_checkpointing_changes_no_gradient():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
+def test_float16_on_the_cpu_says_what_is_supported():
+    ids, _, feature = make_sample(1, 8)
+    with pytest.raises(RuntimeError, match=r"must be float32, bfloat16 or float64; convert it with \.to\(\)"):
+        make_model().half()(ids[None], vision_features=[feature])
+
+
 def test_training_under_autocast(model):
     ids, labels, _ = make_sample(1, 1)
     arguments = {"labels": labels[None], "pixel_values": [torch.rand(9, 3, 64, 64)]}
