@@ -11,7 +11,7 @@ import pytest
 import torch
 from clips import SIDE, board, number_on, numbers, write_clip
 
-import hourllava.video.reader as reader_module
+import hourllava.video.decoder as decoder_module
 from hourllava.video import open_video, write_video
 
 B_FRAMES = {"preset": "veryfast", "bf": "3", "g": "90"}
@@ -115,11 +115,11 @@ def test_other_codecs_are_decoded_whole(tmp_path: Path, codec: str, suffix: str)
 def test_dropping_pictures_changes_no_pixel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clip = write_clip(tmp_path / "clip.mp4", list(range(300)), Fraction(1, 30), options=B_FRAMES)
     decoded = []
-    decode = reader_module._decode_packet
-    monkeypatch.setattr(reader_module, "_decode_packet", lambda *a: decoded.append(a) or decode(*a))
+    decode = decoder_module._decode_packet
+    monkeypatch.setattr(decoder_module, "_decode_packet", lambda *a: decoded.append(a) or decode(*a))
     fast = torch.cat([chunk.frames for chunk in open_video(clip).chunks(SIDE)])
     with_drop = len(decoded)
-    monkeypatch.setattr(reader_module, "reference_test", lambda *_: None)
+    monkeypatch.setattr(decoder_module, "reference_test", lambda *_: None)
     full = torch.cat([chunk.frames for chunk in open_video(clip).chunks(SIDE)])
     assert len(decoded) - with_drop >= 300
     assert with_drop < 0.7 * 300

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which H.264 pictures can be left out before decoding, without changing any other picture."""
+"""Which H.264 pictures can be left out before decoding, and at which decoding can begin, without changing a pixel."""
 
 from collections.abc import Callable
 
 AVCC = 1  # first byte of an avcC record; Annex B extradata starts with a zero
 SLICE_TYPES = range(1, 6)  # nal_unit_type of coded slices: non-IDR, partitions A to C, IDR
+IDR = 5
 
 
 def reference_test(codec: str, extradata: bytes | None) -> Callable[[memoryview], bool] | None:
@@ -18,9 +19,9 @@ def reference_test(codec: str, extradata: bytes | None) -> Callable[[memoryview]
         codec: FFmpeg's codec name.
         extradata: the stream's codec record; only avcC (length-prefixed NAL units) is understood.
     """
-    if codec != "h264" or not extradata or len(extradata) < 5 or extradata[0] != AVCC:
+    prefix = _length_size(codec, extradata)
+    if prefix is None:
         return None
-    prefix = (extradata[4] & 3) + 1  # lengthSizeMinusOne
 
     def is_reference(packet: memoryview) -> bool:
         offset, slices = 0, 0
@@ -35,3 +36,32 @@ def reference_test(codec: str, extradata: bytes | None) -> Callable[[memoryview]
         return offset != len(packet) or not slices  # anything that does not parse goes to the decoder, which judges it
 
     return is_reference
+
+
+def restart_test(codec: str, extradata: bytes | None) -> Callable[[memoryview], bool] | None:
+    """Return a test "does this packet make the decoder forget all before it?", or None where that cannot be told.
+
+    That is an IDR picture; containers also mark pictures from which a decoder only recovers in time. Arguments and
+    source as for :func:`reference_test`.
+    """
+    prefix = _length_size(codec, extradata)
+    if prefix is None:
+        return None
+
+    def restarts(packet: memoryview) -> bool:
+        offset = 0
+        while offset + prefix < len(packet):
+            kind = packet[offset + prefix] & 31
+            if kind in SLICE_TYPES:
+                return kind == IDR
+            offset += prefix + int.from_bytes(packet[offset : offset + prefix], "big")
+        return False
+
+    return restarts
+
+
+def _length_size(codec: str, extradata: bytes | None) -> int | None:
+    """Bytes of the length in front of each NAL unit; None unless this is H.264 with an avcC record."""
+    if codec != "h264" or not extradata or len(extradata) < 5 or extradata[0] != AVCC:
+        return None
+    return (extradata[4] & 3) + 1  # lengthSizeMinusOne

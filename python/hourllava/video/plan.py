@@ -5,7 +5,7 @@ import math
 import os
 import stat
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -17,6 +17,7 @@ from av.packet import Packet
 from av.video.stream import VideoStream
 
 from hourllava.errors import VideoError
+from hourllava.video.h264 import restart_test
 
 MAX_DEMUX_ERRORS = 100  # a container that fails this often in a row has nothing more to give
 MAX_GAP = 3600  # seconds that one picture may stay on screen; more is taken for a damaged timestamp
@@ -26,6 +27,9 @@ GONE = -1  # stands for the timestamp of a picture that is no longer in the file
 BYTES_IN_ORDER = {"matroska,webm"}
 SKIPPED_BYTES = 512  # more than the headers that stand between packets
 BROADCAST = {"mpegts", "mpeg"}
+# Codecs whose key pictures make a decoder forget all before them, and containers that find them by an index.
+RESTARTING = {"vp9", "av1"}
+INDEXED = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
 CUT_TOLERANCE = 1.0  # seconds that may be missing before an intact file is ruled out
 
 
@@ -36,6 +40,7 @@ class Plan:
     targets: np.ndarray  # (n,) int64: start + k seconds, rounded down to a tick
     chosen: np.ndarray  # (n,) int64: timestamp of the picture on screen then, or GONE
     resumed: frozenset[int]  # timestamps of the packets that follow a hole in the file
+    cuts: np.ndarray  # (m,) int64: timestamps at which decoding can begin and end without changing a picture
     seconds: float  # what the packets in the file cover
     seconds_expected: float  # what the header promises, or `seconds` where it promises no more
 
@@ -115,7 +120,7 @@ def is_shown(packet: Packet) -> bool:
 def make_plan(path: str | os.PathLike[str]) -> Plan:
     """Read every packet header once, decode nothing, and choose the last picture at or before each second.
 
-    Memory: about 32 bytes a picture.
+    Memory: about 33 bytes a picture.
 
     Raises:
         VideoError: as :func:`open_container`, or no packet has a timestamp.
@@ -137,7 +142,9 @@ def make_plan(path: str | os.PathLike[str]) -> Plan:
     chosen = order[np.searchsorted(order, targets, side="right") - 1]
     for before in scan.holes.values():
         chosen[(chosen < before) & (targets >= before)] = GONE
-    return Plan(targets, chosen, frozenset(scan.holes), float(seconds), float(seconds) + missing)
+    intact = not missing and not scan.holes
+    cuts = _cuts(scan) if intact else np.array([], dtype=np.int64)
+    return Plan(targets, chosen, frozenset(scan.holes), cuts, float(seconds), float(seconds) + missing)
 
 
 @dataclass
@@ -146,12 +153,14 @@ class _Scan:
 
     times: array  # presentation time of each picture, in file order
     stops: array  # when each leaves the screen
+    restarts: array  # 1 where the decoder forgets all before it
     holes: dict[int, int] = field(default_factory=dict)  # time of the packet after lost bytes: stop of those before
     last_of_any: float = 0.0  # seconds at which the last packet of any stream ends
 
 
 def _scan(container: InputContainer, stream: VideoStream, tick: Fraction) -> _Scan:
-    scan = _Scan(array("q"), array("q"))
+    scan = _Scan(array("q"), array("q"), array("b"))
+    restarts = _restarting(container, stream)
     # A recording of a broadcast may begin between key pictures; what comes before the first cannot be decoded.
     first_key = None if container.format.name in BROADCAST else 0
     position, skipped, in_order = 0, False, container.format.name in BYTES_IN_ORDER
@@ -175,7 +184,26 @@ def _scan(container: InputContainer, stream: VideoStream, tick: Fraction) -> _Sc
         before = max(stop, before or stop)
         scan.times.append(time)
         scan.stops.append(stop)
+        scan.restarts.append(packet.is_keyframe and not packet.is_corrupt and restarts(packet))
     return scan
+
+
+def _restarting(container: InputContainer, stream: VideoStream) -> Callable[[Packet], bool]:
+    """A test for key packets: can they be sought, and decoded as if nothing had been before them?"""
+    codec = stream.codec_context
+    test = restart_test(codec.name, codec.extradata)
+    if container.format.name not in INDEXED or (test is None and codec.name not in RESTARTING):
+        return lambda packet: False
+    return lambda packet: test is None or test(memoryview(packet))
+
+
+def _cuts(scan: _Scan) -> np.ndarray:
+    """Times of the restarting packets: all before them is shown earlier, all after them later."""
+    times = np.frombuffer(scan.times, dtype=np.int64)
+    latest_before = np.maximum.accumulate(times)[:-1]
+    earliest_after = np.minimum.accumulate(times[::-1])[::-1]
+    apart = (times[1:] > latest_before) & (np.append(earliest_after[2:], times.max() + 1) > times[1:])
+    return times[1:][apart & (np.frombuffer(scan.restarts, dtype=np.int8)[1:] == 1)]
 
 
 def _timeline(scan: _Scan, max_gap: int) -> tuple[np.ndarray, int]:

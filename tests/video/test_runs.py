@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""However many cores decode, and wherever the file is cut for them, no pixel changes."""
+
+import threading
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from clips import SIDE, damage, write_clip
+
+import hourllava.video.runs as runs_module
+from hourllava.video import open_video
+from hourllava.video.plan import make_plan
+
+SECONDS = 40
+X264 = {"preset": "veryfast", "bf": "3", "g": "20", "keyint_min": "20"}
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def everything(path: Path, segment: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, object]:
+    """All frames and the report, from cuts at least ``segment`` seconds apart."""
+    monkeypatch.setattr(runs_module, "SEGMENT", segment)
+    torch.set_num_threads(threads)
+    reader = open_video(path)
+    return torch.cat([chunk.frames for chunk in reader.chunks(SIDE)]), reader.report
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_cores_change_no_pixel(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = write_clip(tmp_path / f"clip.{suffix}", list(range(10 * SECONDS)), Fraction(1, 10), options=X264)
+    assert len(make_plan(clip).cuts) == SECONDS // 2 - 1
+    whole = everything(clip, 10 * SECONDS, 1, monkeypatch)
+    for threads in (1, 2, 3):
+        frames, report = everything(clip, 3, threads, monkeypatch)
+        assert torch.equal(frames, whole[0])
+        assert report == whole[1]
+
+
+def test_damage_is_counted_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = write_clip(tmp_path / "whole.mp4", list(range(10 * SECONDS)), Fraction(1, 10), options=X264)
+    clip = damage(whole, tmp_path / "damaged.mp4", size=2000)
+    frames, report = everything(clip, 10 * SECONDS, 1, monkeypatch)
+    assert report.damaged > 0
+    split, again = everything(clip, 3, 2, monkeypatch)
+    assert torch.equal(split, frames)
+    assert again == report
+
+
+@pytest.mark.parametrize("habit", [{"x264-params": "open-gop=1"}, {"x264-params": "intra-refresh=1"}])
+def test_no_cut_where_a_picture_looks_back(
+    tmp_path: Path, habit: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = write_clip(tmp_path / "clip.mp4", list(range(10 * SECONDS)), Fraction(1, 10), options=X264 | habit)
+    assert not len(make_plan(clip).cuts)
+    frames, _ = everything(clip, 3, 2, monkeypatch)
+    assert torch.equal(frames, everything(clip, 10 * SECONDS, 1, monkeypatch)[0])
+
+
+def test_a_reader_that_is_left_leaves_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = write_clip(tmp_path / "clip.mp4", list(range(10 * SECONDS)), Fraction(1, 10), options=X264)
+    monkeypatch.setattr(runs_module, "SEGMENT", 3)
+    monkeypatch.setattr(runs_module, "PICTURES_AHEAD", 1)
+    torch.set_num_threads(3)
+    chunks = open_video(clip).chunks(SIDE, chunk=2)
+    next(chunks)
+    assert any(thread.name.startswith("decode") for thread in threading.enumerate())
+    chunks.close()
+    assert not any(thread.name.startswith("decode") for thread in threading.enumerate())
