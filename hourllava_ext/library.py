@@ -32,8 +32,8 @@ def build_info() -> BuildInfo:
 
     Returns:
         ``library`` (path), ``torch`` (installed version), ``torch_abi`` (oldest torch the binary serves), ``cpu_tier``
-        ("avx512", "avx2" or "portable": the instruction set picked when the library was loaded) and ``cuda`` (whether
-        CUDA kernels are in the binary).
+        ("avx512_bf16", "avx512", "avx2" or "portable": the instruction set picked when the library was loaded) and
+        ``cuda`` (whether CUDA kernels are in the binary).
     """
     binary = ctypes.CDLL(str(LIBRARY))
     binary.hourllava_ext_cpu_tier.restype = ctypes.c_char_p

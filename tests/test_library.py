@@ -19,14 +19,14 @@ def test_build_info() -> None:
     assert Path(info["library"]).exists()
     assert info["torch"] == torch.__version__
     assert info["torch_abi"] == "2.10"
-    assert info["cpu_tier"] in ("avx512", "avx2", "portable")
+    assert info["cpu_tier"] in ("avx512_bf16", "avx512", "avx2", "portable")
     assert info["cuda"] is False
 
 
 @pytest.mark.skipif(not CPU_FLAGS, reason="no CPU flags to compare with")
 def test_cpu_tier_is_the_best_of_the_machine() -> None:
     if {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"} <= CPU_FLAGS:
-        expected = "avx512"
+        expected = "avx512_bf16" if "avx512_bf16" in CPU_FLAGS else "avx512"
     else:
         expected = "avx2" if {"avx2", "fma", "bmi2", "f16c"} <= CPU_FLAGS else "portable"
     assert library.build_info()["cpu_tier"] == expected

@@ -1,13 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the operator tests have in common: the error rule, and the checks every operator must pass."""
 
-from collections.abc import Callable, Sequence
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from hourllava_ext import library
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+CPU_TIERS = ["portable", "avx2", "avx512", "avx512_bf16"]
+
+
+@contextmanager
+def cpu_tier(name: str) -> Iterator[None]:
+    """Run the CPU kernels on one instruction-set tier; skips where the machine lacks it."""
+    binary = ctypes.CDLL(str(library.LIBRARY))
+    binary.hourllava_ext_use_cpu_tier.argtypes = [ctypes.c_char_p]
+    binary.hourllava_ext_use_cpu_tier.restype = ctypes.c_bool
+    best = library.build_info()["cpu_tier"]
+    if not binary.hourllava_ext_use_cpu_tier(name.encode()):
+        pytest.skip(f"THIS MACHINE HAS NO {name}: its kernels are not tested here")
+    try:
+        yield
+    finally:
+        binary.hourllava_ext_use_cpu_tier(best.encode())
 
 
 def assert_error_rule(ours: Tensor, plain: Tensor, exact: Tensor, what: str = "output") -> None:

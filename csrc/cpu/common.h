@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Shared by the CPU kernels: instruction-set tiers, and arithmetic on stored values.
+// Shared by the CPU kernels: the launcher of the simple ones, and arithmetic on stored values.
 #pragma once
 
 #include <algorithm>
@@ -7,33 +7,26 @@
 #include <cmath>
 #include <cstdint>
 
-#include "kernels.h"
-
-#define ALWAYS_INLINE inline __attribute__((always_inline))
-
-// One source, several instruction sets: the loader picks the best clone the machine has. A clone is compiled for its
-// own target only if everything hot is inlined into it, so loops are ALWAYS_INLINE templates, and lambdas stay outside.
-#if defined(__x86_64__) && defined(__linux__)
-#define CPU_TIERS __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CPU_TIERS
-#endif
+#include "cpu/tiers.h"
 
 #define FOR_EACH_DTYPE(X) X(float) X(double) X(bfloat16)
 
 // Defines the launcher `name(const Params<T>&)` for the three dtypes. `body<T>(params, first, last)` computes the tasks
 // [first, last) of `tasks` in all; each task owns its outputs, so the thread count cannot change a result. `work` is
 // the number of elements one task touches. Both are expressions of the parameters `p`.
-#define CPU_KERNEL(name, Params, body, tasks, work)                                                           \
-    CPU_TIERS void name##_range(const Params<float>& p, int64_t b, int64_t e) { body<float>(p, b, e); }       \
-    CPU_TIERS void name##_range(const Params<double>& p, int64_t b, int64_t e) { body<double>(p, b, e); }     \
-    CPU_TIERS void name##_range(const Params<bfloat16>& p, int64_t b, int64_t e) { body<bfloat16>(p, b, e); } \
-    template <class T>                                                                                        \
-    static void name##_launch(const Params<T>& p) {                                                           \
-        parallel_for(0, tasks, grain_of(work), [&p](int64_t b, int64_t e) { name##_range(p, b, e); });        \
-    }                                                                                                         \
-    void name(const Params<float>& p) { name##_launch(p); }                                                   \
-    void name(const Params<double>& p) { name##_launch(p); }                                                  \
+#define CPU_KERNEL(name, Params, body, tasks, work)                                                                \
+    struct name##_body {                                                                                           \
+        template <class Tile, class T>                                                                             \
+        ALWAYS_INLINE static void run(const Params<T>& p, int64_t first, int64_t last) {                           \
+            body<T>(p, first, last);                                                                               \
+        }                                                                                                          \
+    };                                                                                                             \
+    template <class T>                                                                                             \
+    static void name##_launch(const Params<T>& p) {                                                                \
+        parallel_for(0, tasks, grain_of(work), [&p](int64_t b, int64_t e) { run_on_tier<name##_body>(p, b, e); }); \
+    }                                                                                                              \
+    void name(const Params<float>& p) { name##_launch(p); }                                                        \
+    void name(const Params<double>& p) { name##_launch(p); }                                                       \
     void name(const Params<bfloat16>& p) { name##_launch(p); }
 
 namespace hourllava_ext {

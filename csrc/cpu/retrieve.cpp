@@ -3,7 +3,7 @@
 // Sums run over fixed tiles of rows, and tiles are added in order, so threads cannot change a choice.
 #include <vector>
 
-#include "cpu/tile.h"
+#include "cpu/products.h"
 
 namespace hourllava_ext {
 namespace {
@@ -13,7 +13,7 @@ constexpr int64_t kTileRows = 64;  // tokens x heads of a group that one task sc
 template <class A>
 struct RetrieveSample {
     std::vector<int64_t> pages;  // non-empty pages of the table, ascending
-    std::vector<A> log_lengths;  // of each, minus infinity in the padding
+    std::vector<A> log_lengths;  // of each, to base 2, minus infinity in the padding
     int64_t token_begin, rows;   // rows: tokens x query heads of one key head
     int64_t width;               // pages, in whole lines
     int64_t box_begin;           // in `boxes`
@@ -47,7 +47,7 @@ struct Retrieval {
         std::sort(s.pages.begin(), s.pages.end());
         s.width = round_up(s.pages.size(), kLine<A>);
         s.log_lengths.assign(s.width, -std::numeric_limits<A>::infinity());
-        for (size_t i = 0; i < s.pages.size(); ++i) s.log_lengths[i] = std::log(A(p.page_lengths[s.pages[i]]));
+        for (size_t i = 0; i < s.pages.size(); ++i) s.log_lengths[i] = std::log2(A(p.page_lengths[s.pages[i]]));
         s.token_begin = p.cu_seqlens[b];
         s.rows = (p.cu_seqlens[b + 1] - s.token_begin) * group;
         s.box_begin = box_size, s.tile_begin = tile_count, s.score_begin = score_size;
@@ -93,7 +93,7 @@ ALWAYS_INLINE void add_softmax(A* bounds, const RetrieveSample<A>& s, A scale, A
     }
     const A largest = largest_lane(most);
     for (int64_t i = 0; i < s.width; i += L) {
-        const V weight = exp_vector(load_vector<Tile>(bounds + i) - largest);
+        const V weight = exp2_vector(load_vector<Tile>(bounds + i) - largest);
         store_vector(bounds + i, weight);
         sum += weight;
     }
@@ -130,9 +130,10 @@ struct ScoreTask {
                     line[w.dims + d] = x < 0 ? x : 0;
                 }
             }
-            multiply_strip<Tile, Start::zero, A>({signs.get(), 2 * w.dims}, box, {bounds.get(), s.width}, s.width,
-                                                 2 * w.dims);
-            const A scale = 1 / std::sqrt(A(w.p.head_dim));
+            multiply_strip<Tile, Start::zero, 0, true, A, A>({signs.get(), 2 * w.dims}, box, {bounds.get(), s.width},
+                                                             Tile::rows, s.width, 2 * w.dims);
+            // Weights are powers of two.
+            const A scale = 1.4426950408889634 / std::sqrt(A(w.p.head_dim));
             for (int64_t r = 0; r < rows; ++r) add_softmax<Tile>(bounds.get() + r * s.width, s, scale, scores);
         }
     }

@@ -5,7 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from tools import DTYPES, assert_compiles_fullgraph, assert_matches_reference, assert_repeatable, run
+from tools import (
+    CPU_TIERS,
+    DTYPES,
+    assert_compiles_fullgraph,
+    assert_matches_reference,
+    assert_repeatable,
+    cpu_tier,
+    run,
+)
 from torch import Tensor
 
 from hourllava_ext import paged_attention, reference
@@ -77,6 +85,33 @@ def clean(args: list[Any]) -> list[Any]:
 @pytest.mark.parametrize("shape", ODD, ids=repr)
 def test_reference(shape: Shape, dtype: torch.dtype) -> None:
     assert_matches_reference(paged_attention, reference.paged_attention, *clean(make(shape, dtype)))
+
+
+@pytest.mark.parametrize("tier", CPU_TIERS[:-1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", ODD[:7], ids=repr)
+def test_every_tier(shape: Shape, dtype: torch.dtype, tier: str) -> None:
+    """The lesser machines' kernels; the other tests run the best that this one has."""
+    with cpu_tier(tier):
+        args = clean(make(shape, dtype))
+        assert_matches_reference(paged_attention, reference.paged_attention, *args)
+        assert_repeatable(paged_attention, *args)
+
+
+@pytest.mark.parametrize("width", [16, 32, 48, 64, 80, 96, 112, 128])
+@pytest.mark.parametrize("group", [8, 7, 1])
+def test_groups_and_widths(group: int, width: int) -> None:
+    """Head widths in steps of 16 with the groups of the released models, in the type they run in."""
+    shape = Shape(tokens=(9,), pages=(3,), heads=(2 * group, 2), width=width, frequencies=width // 4)
+    assert_matches_reference(paged_attention, reference.paged_attention, *clean(make(shape, torch.bfloat16)))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_scale(dtype: torch.dtype, scale: float) -> None:
+    args = clean(make(Shape(), dtype))
+    ours, plain = (partial(f, scale=scale) for f in (paged_attention, reference.paged_attention))
+    assert_matches_reference(ours, plain, *args)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

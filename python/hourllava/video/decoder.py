@@ -64,8 +64,8 @@ class Decoder:
         if begin is not None:
             self._container.seek(begin, stream=self._stream)
             first = next(packets, None)
-            while first is not None and packet_time(first) != begin:
-                if packet_time(first) is not None and first.is_keyframe and packet_time(first) > begin:
+            while first is not None and (time := packet_time(first)) != begin:
+                if time is not None and first.is_keyframe and time > begin:
                     # The file's index points too far; its packets are all there when read from the start.
                     self.close()
                     self._open()
