@@ -2,12 +2,13 @@
 """The tiny recipe: the stages train what the original's stages train, and training is repeatable."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import hourllava
 from hourllava.data.tokenizer import build_tokenizer
 from hourllava.errors import RecipeError
 from hourllava.model import HourLlavaForConditionalGeneration
@@ -82,3 +83,8 @@ def test_batches_repeat_and_ask_one_question_about_each_film() -> None:
         assert batch.pixels[0].shape == (16, 3, 64, 64)
         assert batch.pixels[0].abs().max() < 1.3
     assert not torch.equal(batch.pixels[0], first.batch(16, 8).pixels[0])
+
+
+def test_the_shipped_model_was_trained_by_the_recipe_of_its_name() -> None:
+    shipped = json.loads((Path(hourllava.__file__).parent / "presets/tiny/recipe.json").read_text())
+    assert shipped == json.loads(json.dumps(asdict(RECIPES["tiny"]())))

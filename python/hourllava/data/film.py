@@ -110,6 +110,15 @@ class Film:
         for index in range(round(self.seconds * fps)):
             yield self.frame(index / fps, size)
 
+    def one_scene(self, event: Event) -> bool:
+        """Whether a single landscape is on screen while ``event`` lasts."""
+        return all(not event.start < scene.start < event.start + EVENT_SECONDS for scene in self.scenes)
+
+    def one_part_of_day(self, event: Event) -> bool:
+        """Whether the sun tells one part of the day, without doubt, while ``event`` lasts."""
+        first, last = (second / max(self.seconds - 1, 1) for second in (event.start, event.start + EVENT_SECONDS - 1))
+        return all(last < third - _MARGIN / 2 or first > third + _MARGIN / 2 for third in (1 / 3, 2 / 3))
+
     def questions(self, rng: np.random.Generator | None = None) -> list[Question]:
         """Every question that this film answers without ambiguity; ``rng`` varies the wording."""
         return ask_about(self, rng)
@@ -132,7 +141,7 @@ def part_of_day(second: float, seconds: int) -> str:
 
 def _scenes(rng: np.random.Generator, seconds: int) -> tuple[Scene, ...]:
     names = rng.permutation(list(drawing.LANDSCAPES))
-    count = int(rng.integers(1, min(len(names), max(1, seconds // 8)) + 1)) if seconds < 64 else len(names)
+    count = int(rng.integers(1, min(len(names), max(1, seconds // 5)) + 1)) if seconds < 64 else len(names)
     # Every scene gets at least half of an equal share.
     shares = rng.dirichlet(np.ones(count)) * 0.5 + 0.5 / count
     ends = np.round(np.cumsum(shares) * seconds).astype(int)

@@ -47,14 +47,14 @@ def ask_about(film: "Film", rng: np.random.Generator | None = None) -> list[Ques
     questions = []
     for event in film.events:
         answers = {
-            "temporality": event.part_of_day,
             "spatiality": event.place,
             "object": event.colour,
             "action": event.motion,
-            "scene": event.landscape,
         }
-        if film.seconds < 32:  # the thirds of so short a film are no parts of a day
-            del answers["temporality"]
+        if film.one_part_of_day(event):
+            answers["temporality"] = event.part_of_day
+        if film.one_scene(event):
+            answers["scene"] = event.landscape
         questions += [Question(t, word(t, shape=event.shape), a, True, event.start) for t, a in answers.items()]
     questions += [
         Question("event", word("event", landscape=event.landscape), event.shape, True, event.start)
@@ -68,7 +68,7 @@ def ask_about(film: "Film", rng: np.random.Generator | None = None) -> list[Ques
 
 def _alone_in_their_scene(film: "Film") -> list["Event"]:
     places = [event.landscape for event in film.events]
-    return [event for event in film.events if places.count(event.landscape) == 1]
+    return [event for event in film.events if places.count(event.landscape) == 1 and film.one_scene(event)]
 
 
 def chance(topic: str) -> float:

@@ -76,14 +76,16 @@ class CrossAttention(nn.Module):
 
     def forward(
         self, x: Tensor, stream: QueryStream, inv_freq: Tensor, pages: MemoryPages, use: MemoryUse
-    ) -> tuple[Tensor, Tensor | None]:
-        """Packed rows x (M, C) to (M, C), and each page's share of the weighted rows' attention (P,) if asked for."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Packed rows x (M, C) to (M, C), the log-sum-exp of their scores (H, M), and each page's share of the weighted
+        rows' attention (P,) if asked for.
+        """
         query = self.Wq(x).view(len(x), -1, self.head_dim)
         where = (stream.position_ids, stream.cu_seqlens, inv_freq)
         table = pages.page_table
         if use.budget_pages is not None:
             table = ext.retrieve(query, *where, pages.key_summary, table, pages.page_lengths, use.budget_pages)
-        out, _, *mass = ext.paged_attention(
+        out, lse, *mass = ext.paged_attention(
             query, pages.key_pages, pages.value_pages, table, pages.page_lengths, *where, mass_weight=use.mass_weight
         )
         page_mass = None
@@ -91,7 +93,7 @@ class CrossAttention(nn.Module):
             listed = table >= 0
             page_mass = mass[0].new_zeros(len(pages.page_lengths))
             page_mass = page_mass.index_add(0, table[listed].to(torch.int64), mass[0][listed])
-        return self.Wo(out.flatten(1)), page_mass
+        return self.Wo(out.flatten(1)), lse, page_mass
 
 
 class Block(GradientCheckpointingLayer):
@@ -111,7 +113,7 @@ class Block(GradientCheckpointingLayer):
         page_mass = None
         x = self.norm1(x + self.self_attn(x, stream, inv_freq))
         if pages is not None:
-            attended, page_mass = self.cross_attn(x, stream, inv_freq, pages, use)
+            attended, _, page_mass = self.cross_attn(x, stream, inv_freq, pages, use)
             x = x + attended
         x = self.norm2(x)
         return self.norm3(x + self.mlp(x)), page_mass

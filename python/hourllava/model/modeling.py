@@ -145,7 +145,6 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
             ModelError: the model has no tower for pixels.
         """
         options = pop_visual_options(kwargs)
-        pixel_values = kwargs.pop("pixel_values_videos", pixel_values)  # the training engine's word
         past = kwargs.get("past_key_values")
         visuals = read_visuals(pixel_values, vision_features, modalities, image_sizes)
         if visuals and input_ids is None:

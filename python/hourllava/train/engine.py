@@ -78,7 +78,9 @@ def train_stage(
     optimizer = torch.optim.AdamW([{"params": p, "lr": rates[part]} for part, p in groups.items()], weight_decay=0.0)
     parameters = [parameter for group in groups.values() for parameter in group]
     schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, stage.warmup_steps, stage.steps, min_lr_rate=0.05)
-    examples = Examples(tokenizer, model.config.vision_config.image_size, seed, first_film=(seed + 1) * 10_000_000)
+    examples = Examples(
+        tokenizer, model.config.vision_config.image_size, seed, (seed + 1) * 10_000_000, stage.event_weight
+    )
     losses = []
     model.train()
     for lesson in stage.lessons:
@@ -102,7 +104,7 @@ def train_step(model: HourLlavaForConditionalGeneration, batch: Batch, stage: St
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             labels=batch.labels,
-            pixel_values_videos=batch.pixels,
+            pixel_values=batch.pixels,
             memaug=stage.memaug,
         )
     return output.loss + stage.grounding * grounding.loss(), _answers_right(output.logits, batch)

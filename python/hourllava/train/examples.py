@@ -13,6 +13,7 @@ from hourllava.data import Film
 from hourllava.data.film import EVENT_SECONDS
 from hourllava.model.prompt import build_example
 
+IMAGE_FILM = 64  # seconds of the film that an image is taken from: at any time of its day, in any of its scenes
 NOISE = 5.0  # of 255: about what H.264 and resizing leave behind
 
 
@@ -30,10 +31,19 @@ class Batch:
 class Examples:
     """An endless, repeatable source of batches: films are numbered from ``first_film`` on and never come twice."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_size: int, seed: int, first_film: int = 0) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        image_size: int,
+        seed: int,
+        first_film: int = 0,
+        event_weight: int = 1,
+    ) -> None:
+        """``event_weight``: how much likelier than another topic it is to be asked what happened in a landscape."""
         self.tokenizer = tokenizer
         self.image_size = image_size
         self.film = first_film
+        self.event_weight = event_weight
         self.rng = np.random.default_rng([seed, first_film])
         self.noise = NOISE * torch.randn(64, 3, image_size, image_size, generator=torch.Generator().manual_seed(seed))
 
@@ -44,11 +54,12 @@ class Examples:
             self.film += 1
             # The more events, the more it matters to find the one that is asked about.
             events = int(self.rng.integers(max(1, min(8, 3 * seconds // 8)))) + 1
-            films.append(Film.random(self.film, max(seconds, 2), events))
-            questions = films[-1].questions(self.rng)
-            # However many questions of it a film answers, every topic is as likely as the others, and so is what lasts.
+            films.append(Film.random(self.film, seconds if seconds > 1 else IMAGE_FILM, events))
+            questions = [q for q in films[-1].questions(self.rng) if q.needle or seconds > 1]
+            # A topic's chance does not depend on how many questions of it a film answers; what lasts is a topic too.
             topics = [q.topic if q.needle else "lasting" for q in questions]
-            topic = self.rng.choice(sorted(set(topics)))
+            lots = sorted(set(topics)) + ["event"] * (self.event_weight - 1) * ("event" in topics)
+            topic = self.rng.choice(lots)
             chosen = self.rng.choice([i for i, t in enumerate(topics) if t == topic])
             asked.append(questions[chosen])
         encoded = [build_example(self.tokenizer, [(q.text, q.answer)]) for q in asked]

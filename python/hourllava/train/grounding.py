@@ -38,9 +38,12 @@ class Grounding:
         return torch.stack(self.terms).mean() if self.terms else torch.zeros(())
 
     def _measure(
-        self, attention: nn.Module, inputs: tuple[Tensor, QueryStream, Tensor, MemoryPages, MemoryUse], _: object
+        self,
+        attention: nn.Module,
+        inputs: tuple[Tensor, QueryStream, Tensor, MemoryPages, MemoryUse],
+        output: tuple[Tensor, Tensor, Tensor | None],
     ) -> None:
-        x, stream, inv_freq, pages, _use = inputs
+        x, stream, inv_freq, pages, _ = inputs
         assert isinstance(attention, CrossAttention)
         targets = self._target_pages(pages.page_table)
         wanted = (targets >= 0).any(1).repeat_interleave(torch.tensor(stream.lengths))
@@ -48,10 +51,8 @@ class Grounding:
             return
         query = attention.Wq(x).view(len(x), -1, attention.head_dim)
         where = (pages.page_lengths, stream.position_ids, stream.cu_seqlens, inv_freq)
-        everywhere, there = (
-            paged_attention(query, pages.key_pages, pages.value_pages, table, *where)[1]
-            for table in (pages.page_table, targets)
-        )
+        everywhere = output[1]
+        there = paged_attention(query, pages.key_pages, pages.value_pages, targets, *where)[1]
         self.terms.append((everywhere - there)[:, wanted].mean())
 
     def _target_pages(self, page_table: Tensor) -> Tensor:

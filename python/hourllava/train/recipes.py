@@ -12,8 +12,6 @@ PARTS = {
 }
 TOWER_RATE = 0.05  # the tower's learning rate beside the resampler's, 5e-6 to 1e-4 in the original's stage 2
 
-GROUNDING = 1.0  # strong: until MemAug finds the event, everything that it could say about it is a guess
-
 
 @dataclass(frozen=True)
 class Lesson:
@@ -35,6 +33,7 @@ class Stage:
     warmup_steps: int = 50
     memaug: bool = True  # False: the kept tokens go straight to the decoder
     grounding: float = 0.0  # weight of the reward for attention on the pages that show the answer
+    event_weight: int = 1  # how much likelier than another topic it is to be asked what happened in a landscape
 
     @property
     def steps(self) -> int:
@@ -57,37 +56,33 @@ def tiny() -> Recipe:
     The original starts from a pre-trained SigLIP and an image model; a start of the same kind is made here first: the
     tower learns to name what each patch shows, and `base` teaches projector and decoder to talk about single images.
     Stages 1 to 3 then train the parts that the original trains (SPEC C.1). Beyond the original, stages 2 and 3 reward
-    attention on the pages that show the answer, which rendered films know.
+    attention on the pages that show the answer, which rendered films know: strongly until MemAug finds the events, as
+    all it could say of them before is a guess, then weakly.
     """
-    everything = tuple(PARTS)
+    images = (Lesson(1, 1000, 64),)
+    clips = (Lesson(4, 40, 64), Lesson(8, 200, 48), Lesson(16, 300, 48))
     return Recipe(
         name="tiny",
         tower_steps=3500,
         stages=(
-            Stage(
-                "base",
-                ("mm_projector", "language_model"),
-                (Lesson(1, 400, 64),),
-                learning_rate=2e-3,
-                memaug=False,
-            ),
+            Stage("base", ("mm_projector", "language_model"), images, learning_rate=2e-3, memaug=False),
             Stage("s1", ("vision_resampler",), (Lesson(1, 200, 64),), learning_rate=2e-3),
-            Stage("s2", everything, (Lesson(4, 40, 64), Lesson(8, 200, 48), Lesson(16, 150, 48)), grounding=GROUNDING),
-            Stage(
-                "s3",
-                ("mm_projector", "vision_resampler", "language_model"),
-                (
-                    Lesson(32, 80, 32),
-                    Lesson(64, 40, 20),
-                    Lesson(128, 30, 12),
-                    Lesson(512, 12, 5),
-                    Lesson(1800, 8, 2),
-                ),
-                learning_rate=7e-4,
-                warmup_steps=20,
-                grounding=GROUNDING,
-            ),
+            Stage("s2", tuple(PARTS), clips, grounding=1.0),
+            *_long_videos(),
         ),
+    )
+
+
+def _long_videos() -> tuple[Stage, ...]:
+    """Stage 3 in three rounds: what happened in a landscape, among hundreds of seconds of it, is learned last."""
+    parts = ("mm_projector", "vision_resampler", "language_model")
+    first = (Lesson(32, 200, 32), Lesson(64, 80, 20), Lesson(128, 60, 12), Lesson(512, 40, 5), Lesson(1800, 25, 2))
+    second = (Lesson(16, 80, 48), Lesson(32, 160, 32), Lesson(128, 80, 12), Lesson(512, 40, 5), Lesson(1800, 10, 2))
+    third = (Lesson(32, 60, 32), Lesson(128, 100, 12), Lesson(512, 70, 5), Lesson(1800, 15, 2))
+    return (
+        Stage("s3", parts, first, 7e-4, warmup_steps=20, grounding=0.1),
+        Stage("s3-second", parts, second, 7e-4, 20, grounding=0.3, event_weight=4),
+        Stage("s3-third", parts, third, 7e-4, 20, grounding=0.3, event_weight=4),
     )
 
 
