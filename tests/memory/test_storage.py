@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A memory's file: whole or as it was before, and never wrong without saying so."""
 
-import contextlib
-import resource
-
 import pytest
 import torch
+from memories import full_disk
 from safetensors.torch import load_file, save_file
 
 from hourllava.errors import MemoryFileError
@@ -69,17 +67,6 @@ def test_other_files(tmp_path):
     save_file(make_tensors(), tmp_path / "weights.safetensors")
     with pytest.raises(MemoryFileError, match="not a memory file"):
         read_memory_file(tmp_path / "weights.safetensors")
-
-
-@contextlib.contextmanager
-def full_disk(size):
-    """No file may grow beyond `size` bytes meanwhile, as if the disk were full."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 100, 500, 900])

@@ -80,7 +80,7 @@ def test_appending_in_pieces_is_watching_at_once():
 def test_a_memory_in_files_is_the_one_in_ram(tmp_path):
     model, video = make_model(), make_frames(300)
     in_ram = model.watch(video, progress=False)
-    in_files = model.watch(iter(video.split(7)), progress=False, folder=tmp_path)
+    in_files = model.watch(iter(video.split(7)), progress=False, into=tmp_path)
     assert_same_memory(in_files, in_ram)
     before = in_files.pages  # stays valid while the files grow
     in_files.append(make_frames(300, seed=1))

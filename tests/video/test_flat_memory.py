@@ -37,7 +37,7 @@ writer, seconds = FrameWriter(model), 0
 with torch.no_grad():
     for chunk in open_video(sys.argv[1]).chunks(model.config.vision_config.image_size):
         seconds += len(chunk.frames)
-        writer.keys_values(writer.encode(chunk.frames))
+        writer.keys_values(writer.project(writer.encode(chunk.frames)))
 finish(seconds)
 """
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from hourllava.cli.memory import add_memory
 from hourllava.errors import HourLlavaError
 
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_LOSS, EXIT_INTERRUPTED, EXIT_PIPE = 0, 1, 2, 3, 130, 141
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_ask(commands)
     _add_watch(commands)
+    add_memory(commands)
     _add_train(commands)
     _add_evaluate(commands)
     doctor = commands.add_parser("doctor", help="say what is installed, which kernels are live, and what is missing")
@@ -79,7 +81,7 @@ def _add_ask(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    ask.add_argument("video", metavar="VIDEO", type=Path, help="a video file, or a memory that `hourllava watch` saved")
+    ask.add_argument("video", metavar="VIDEO", type=Path, help="a video file, a memory, or REPOSITORY/NAME")
     ask.add_argument("questions", metavar="QUESTION", nargs="+", help="what to ask")
     ask.add_argument("--plot", metavar="PNG", type=Path, help="draw attention over time into this file")
     ask.add_argument("--json", action="store_true", help="print one JSON document instead of text")
@@ -99,7 +101,16 @@ def _add_watch(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     watch.add_argument("video", metavar="VIDEO", type=Path, help="a video file")
-    watch.add_argument("-o", "--output", metavar="MEMORY", type=Path, required=True, help="the file to write")
+    where = watch.add_mutually_exclusive_group(required=True)
+    where.add_argument("-o", "--output", metavar="MEMORY", type=Path, help="the file to write")
+    where.add_argument("--into", metavar="REPOSITORY", type=Path, help="a directory of memories to add it to")
+    watch.add_argument(
+        "--name", help="what to call it there (default: the file's name); goes on with one begun earlier"
+    )
+    watch.add_argument(
+        "--precision", choices=("bfloat16", "int8"), default="bfloat16", help="of the features kept there"
+    )
+    watch.add_argument("--pages", action="store_true", help="keep ready pages there, so that it reopens at once")
     _add_model(watch)
     _add_progress(watch)
     watch.set_defaults(run=_watch)
@@ -156,9 +167,14 @@ def _ask(args: argparse.Namespace) -> int:
 
 
 def _watch(args: argparse.Namespace) -> int:
-    from hourllava.cli.watch import watch
+    from hourllava.cli.watch import watch, watch_into
 
-    lost = watch(args.video, args.output, args.model, args.progress or sys.stderr.isatty())
+    progress = args.progress or sys.stderr.isatty()
+    if args.into is None:
+        lost = watch(args.video, args.output, args.model, progress)
+    else:
+        name = args.name or args.video.stem
+        lost = watch_into(args.into / name, args.video, args.model, args.precision, args.pages, progress)
     return EXIT_LOSS if lost else EXIT_OK
 
 

@@ -37,24 +37,55 @@ def watch(video: Path, output: Path, model_name: str, progress: bool) -> bool:
     return warn_of_loss(memory)
 
 
+def watch_into(entry: Path, video: Path, model_name: str, precision: str, pages: bool, progress: bool) -> bool:
+    """Watch ``video`` into a repository, as ``entry``, its directory and a name; True if part of the video was lost.
+
+    An entry that is there already is gone on with where it ends.
+
+    Raises:
+        HourLlavaError: anything that keeps the memory from being written; what was committed stays.
+    """
+    from hourllava.cli.text import print_times
+    from hourllava.memory import Repository
+    from hourllava.model import FrameWriter, load_model
+    from hourllava.video import clock
+
+    repository = Repository(entry.parent)
+    model = load_model(model_name)
+    writer = FrameWriter(model)
+    if entry.name in [held.name for held in repository.videos()]:
+        memory = repository.open(entry.name, writer)
+    else:
+        memory = repository.add(entry.name, writer, precision, pages, str(video))
+    held = memory.frames
+    model.watch(video, progress=progress, into=memory)
+    print(f"{entry}: {clock(memory.frames)} of {video}, {clock(memory.frames - held)} of it new")
+    print_times({word: memory.timings[stage] for stage, word in STAGES.items()})
+    return warn_of_loss(memory)
+
+
 def take_in(
     model: "HourLlavaForConditionalGeneration", source: Path, progress: bool, folder: Path | None = None
 ) -> tuple["VideoMemory", dict[str, float]]:
-    """The memory of a video file, or the one that a memory file holds, and the seconds that each stage took.
+    """The memory of a video file, or of what a memory file or REPOSITORY/NAME holds, and the seconds of each stage.
 
     With a folder, the memory of a video lives in files there and takes no RAM.
 
     Raises:
         HourLlavaError: the file is neither, or cannot be read.
     """
-    from hourllava.memory import VideoMemory
+    from hourllava.memory import Repository, VideoMemory
+    from hourllava.model import FrameWriter
 
+    began = time.perf_counter()
     if is_memory_file(source):
-        began = time.perf_counter()
         memory = VideoMemory.load(source)
         model.attach(memory)
         return memory, {"load": time.perf_counter() - began}
-    memory = model.watch(source, progress=progress, folder=folder)
+    if Repository.is_at(source.parent) and source.is_dir():
+        memory = Repository(source.parent).open(source.name, FrameWriter(model), append=False)
+        return memory, {"load": time.perf_counter() - began}
+    memory = model.watch(source, progress=progress, into=folder)
     return memory, {word: memory.timings[stage] for stage, word in STAGES.items()}
 
 

@@ -66,11 +66,17 @@ def frame_slots(frame: Tensor, per_frame: int) -> tuple[Tensor, Tensor]:
 def rows_in_use(frames: int, per_frame: int, device: torch.device) -> Tensor:
     """Rows in use (P,) int32 of every page of a memory of `frames` frames: all are full but the last of each kind."""
     lengths = torch.full((page_count(frames, per_frame),), PAGE_SIZE, dtype=torch.int32, device=device)
-    if frames:
-        last = torch.tensor([frames - 1], device=device)
-        for slots in (visual_slots(last, per_frame)[:, -1], newline_slots(last, per_frame)):
-            lengths[slots // PAGE_SIZE] = (slots % PAGE_SIZE + 1).to(torch.int32)
+    for page, rows in zip(open_pages(frames, per_frame), (frames * per_frame, frames), strict=False):
+        lengths[page] = (rows - 1) % PAGE_SIZE + 1
     return lengths
+
+
+def open_pages(frames: int, per_frame: int) -> list[int]:
+    """The pages that the next frame may still write to: the last one of each kind."""
+    if not frames:
+        return []
+    last = torch.tensor([frames - 1])
+    return [int(slots) // PAGE_SIZE for slots in (visual_slots(last, per_frame)[0, -1], newline_slots(last, per_frame))]
 
 
 def video_layout(frames: int, per_frame: int, device: torch.device) -> PageLayout:

@@ -3,8 +3,10 @@
 
 import mmap
 import os
-from collections.abc import Iterator
-from typing import BinaryIO
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ class Pool:
         row: shape of a row.
         dtype, device: of all rows.
         file: where the rows live, an open file of the caller's (CPU only); None keeps them in memory.
+        private: show the file's bytes, but keep what is written here to this process.
 
     Attributes:
         rows: (capacity, *row). A tensor taken before `reserve` stays valid; in a file it goes on showing the same
@@ -28,10 +31,16 @@ class Pool:
     """
 
     def __init__(
-        self, row: tuple[int, ...], dtype: torch.dtype, device: torch.device, file: BinaryIO | None = None
+        self,
+        row: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        file: BinaryIO | None = None,
+        private: bool = False,
     ) -> None:
         self.rows = torch.empty(0, *row, dtype=dtype, device=device)
         self._file = file
+        self._private = private
         self._mapping: mmap.mmap | None = None
         self._row_bytes = torch.empty(row, dtype=dtype, device="meta").nbytes
 
@@ -46,7 +55,7 @@ class Pool:
         """Make room for so many rows.
 
         Raises:
-            MemoryFileError: the disk has no room for them.
+            MemoryFileError: the disk has no room for them, or a private file does not hold so many.
         """
         if capacity <= len(self.rows):
             return
@@ -56,15 +65,30 @@ class Pool:
             self.rows = larger
             return
         size = capacity * self._row_bytes
-        allocate(self._file, size)
-        self._mapping = mmap.mmap(self._file.fileno(), size)
+        if not self._private:
+            allocate(self._file, size)
+        elif os.fstat(self._file.fileno()).st_size < size:
+            raise MemoryFileError(self._file.name, "it is shorter than it should be", "run `hourllava memory repair`")
+        access = mmap.ACCESS_COPY if self._private else mmap.ACCESS_WRITE
+        self._mapping = mmap.mmap(self._file.fileno(), size, access=access)
         self.rows = torch.frombuffer(self._mapping, dtype=self.rows.dtype).view(capacity, *self.rows.shape[1:])
 
     def release(self, first: int, end: int) -> None:
         """Take rows out of RAM that lie in a file: they are read again when they are next needed."""
-        if self._mapping is not None and end > first:
+        if self._mapping is not None and not self._private and end > first:
             start = first * self._row_bytes // mmap.PAGESIZE * mmap.PAGESIZE
             self._mapping.madvise(mmap.MADV_DONTNEED, start, end * self._row_bytes - start)
+
+    def frozen(self, count: int, changing: list[int]) -> Tensor:
+        """The first `count` rows as they are now, whatever is written to the rows `changing` later."""
+        if self._file is None:
+            return self.rows[:count].clone()
+        if not count:
+            return self.rows[:0]
+        mapping = mmap.mmap(self._file.fileno(), count * self._row_bytes, access=mmap.ACCESS_COPY)
+        rows = torch.frombuffer(mapping, dtype=self.rows.dtype).view(count, *self.rows.shape[1:])
+        rows[changing] = self.rows[changing]  # writing makes the file's pages private that hold them
+        return rows
 
     def pieces(self, count: int) -> Iterator[Tensor]:
         """The first `count` rows in order, a few at a time, each few released once the next are asked for."""
@@ -92,4 +116,20 @@ def allocate(file: BinaryIO, size: int) -> None:
                 os.pwrite(file.fileno(), bytes(min(PIECE_BYTES, size - first)), first)
     except OSError as error:
         why = f"there is no room for {(size - held) / 1e6:.0f} MB more ({error.strerror})"
-        raise MemoryFileError(file.name, why, "free some space, or choose another place") from error
+        what = file.name if isinstance(file.name, str) else "memory"
+        raise MemoryFileError(what, why, "free some space, or choose another place") from error
+
+
+def scratch_files(folder: str | os.PathLike[str]) -> Callable[[str], BinaryIO]:
+    """Makes files in `folder` that have no name there and are gone when they are closed."""
+
+    def make(_: str) -> BinaryIO:
+        try:
+            handle, name = tempfile.mkstemp(dir=folder, prefix=".hourllava-")
+            os.unlink(name)
+        except OSError as error:
+            why = f"no file can be made there ({error.strerror})"
+            raise MemoryFileError(Path(folder), why, "choose another place") from error
+        return cast(BinaryIO, os.fdopen(handle, "r+b"))
+
+    return make

@@ -38,8 +38,8 @@ class Pieces:
         return torch.empty(self.shape, dtype=self.dtype, device="meta").nbytes
 
 
-def write_memory_file(path: str | os.PathLike[str], tensors: dict[str, Pieces], notes: dict[str, str]) -> None:
-    """Write tensors and notes to `path`.
+def write_memory_file(path: str | os.PathLike[str], tensors: dict[str, Pieces], notes: dict[str, str]) -> str:
+    """Write tensors and notes to `path`, and return the checksum that covers them all.
 
     The file is written beside `path`, flushed to the disk and only then renamed, so that an interruption at any byte
     leaves what `path` held before. No more than one piece of a tensor need be in RAM at a time.
@@ -51,13 +51,14 @@ def write_memory_file(path: str | os.PathLike[str], tensors: dict[str, Pieces], 
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         with temporary.open("wb") as file:
-            _write_safetensors(file, tensors, {**notes, "format": FORMAT})
+            digest = _write_safetensors(file, tensors, {**notes, "format": FORMAT})
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
         _flush(target.parent)
+        return digest
     except OSError as error:
-        why = f"it cannot be written ({_reason(error)})"
+        why = f"it cannot be written ({reason(error)})"
         raise MemoryFileError(target, why, "free some space or choose another place") from error
     finally:
         with contextlib.suppress(OSError):
@@ -79,7 +80,7 @@ def read_memory_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
             notes = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise MemoryFileError(target, f"it is damaged or not a memory file ({_reason(error)})", WATCH_AGAIN) from error
+        raise MemoryFileError(target, f"it is damaged or not a memory file ({reason(error)})", WATCH_AGAIN) from error
     if not notes.get("format", "").startswith("hourllava-memory"):
         raise MemoryFileError(target, "it is not a memory file", "name a file that `watch` saved")
     if notes["format"] != FORMAT:
@@ -93,7 +94,7 @@ def read_memory_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
     return tensors, notes
 
 
-def _write_safetensors(file: BinaryIO, tensors: dict[str, Pieces], notes: dict[str, str]) -> None:
+def _write_safetensors(file: BinaryIO, tensors: dict[str, Pieces], notes: dict[str, str]) -> str:
     """Header, then data; the checksums are known only then, and go into the place that the header keeps for them."""
     # Wide elements first, so that each tensor starts at a multiple of its element's size.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
@@ -104,13 +105,15 @@ def _write_safetensors(file: BinaryIO, tensors: dict[str, Pieces], notes: dict[s
     for name in names:
         digest = hashlib.sha256()
         for piece in tensors[name].pieces:
-            data = _bytes(piece)
+            data = as_bytes(piece)
             digest.update(data)
             file.write(data)
         digests[f"sha256.{name}"] = digest.hexdigest()
     notes = notes | digests
+    whole = _header_digest(notes, shapes)
     file.seek(0)
-    file.write(_header(tensors, names, notes | {"sha256": _header_digest(notes, shapes)}))
+    file.write(_header(tensors, names, notes | {"sha256": whole}))
+    return whole
 
 
 def _header(tensors: dict[str, Pieces], names: list[str], notes: dict[str, str]) -> bytes:
@@ -125,12 +128,13 @@ def _header(tensors: dict[str, Pieces], names: list[str], notes: dict[str, str])
     return len(text).to_bytes(8, "little") + text
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, without a copy where it is dense and on the CPU."""
     return tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(_bytes(tensor)).hexdigest()
+    return hashlib.sha256(as_bytes(tensor)).hexdigest()
 
 
 def _header_digest(notes: dict[str, str], shapes: dict[str, list]) -> str:
@@ -146,5 +150,6 @@ def _flush(path: str | Path) -> None:
         os.close(handle)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """An error of the system in a few words."""
     return getattr(error, "strerror", None) or str(error).partition("\n")[0]

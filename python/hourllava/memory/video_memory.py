@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A video's memory as an object that grows frame by frame, is asked any number of times, and is kept in a file."""
 
+import hashlib
 import os
-import tempfile
+import threading
 import time
-from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO, Protocol, cast
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import BinaryIO, Protocol
 
 import torch
 from torch import Tensor
@@ -14,9 +15,9 @@ from torch import Tensor
 import hourllava_ext as ext
 from hourllava.errors import MemoryFileError, ModelError
 
-from .pages import PAGE_SIZE, MemoryPages, frame_slots, page_count, rows_in_use
+from .pages import PAGE_SIZE, MemoryPages, frame_slots, open_pages, page_count, rows_in_use
 from .pool import Pool
-from .storage import Pieces, read_memory_file, write_memory_file
+from .storage import Pieces, as_bytes, read_memory_file, write_memory_file
 
 FILE_GROWTH = 256  # frames that a memory in files grows by; growing moves nothing there
 
@@ -37,6 +38,7 @@ class MemoryWriter(Protocol):
     """What makes memory of frames: a model."""
 
     shape: MemoryShape
+    feature_width: int  # channels of a feature
     device: torch.device
     inv_freq: Tensor  # float32 (F,)
     batch: int  # frames are encoded in batches that start at multiples of this
@@ -44,11 +46,42 @@ class MemoryWriter(Protocol):
     def fingerprint(self) -> str:
         """Identifies everything that the memory's contents depend on besides the frames."""
 
+    def tower_fingerprint(self) -> str:
+        """Identifies everything that features depend on besides the frames."""
+
     def encode(self, frames: Tensor) -> Tensor:
-        """Visual tokens (n, N, C) of frames (n, 3, H, W)."""
+        """Features (n, N, Cv) of frames (n, 3, H, W)."""
+
+    def project(self, features: Tensor) -> Tensor:
+        """Visual tokens (n, N, C) of features (n, N, Cv)."""
 
     def keys_values(self, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Every block's unrotated keys and values, (n * (N + 1), Hkv, D), of tokens (n, N, C) and then n newlines."""
+
+
+class Journal(Protocol):
+    """Where a memory's features are kept for good: a video of a repository."""
+
+    def keep(self, features: Tensor) -> Tensor:
+        """Take in the next frames' features (n, N, Cv), and return them as they will be read back, in their dtype."""
+
+    def commit(self, first: int, memory: "VideoMemory") -> None:
+        """Keep what was taken in, of frames `first` on; when it returns, that survives whatever happens."""
+
+    def abandon(self) -> None:
+        """Forget what was taken in since the last commit."""
+
+    def close(self) -> None:
+        """Take in no more."""
+
+
+@dataclass(frozen=True)
+class MemoryPrefix:
+    """The first seconds of a memory, as they were when it was asked for; appending changes nothing in it."""
+
+    frames: int
+    tokens: Tensor  # (T, N, C)
+    pages: list[MemoryPages]  # one entry a block
 
 
 class VideoMemory:
@@ -58,8 +91,9 @@ class VideoMemory:
         shape: sizes of everything it holds.
         fingerprint: of the model that makes it.
         device: where its tensors live.
-        folder: keep them in files of this folder, which vanish with the memory, and not in RAM: however long the video,
-            only what is being written or read is resident. For memories on the CPU; None keeps them in RAM.
+        files: gives an open file by a name, to keep the tensors in files and not in RAM: however long the video, only
+            what is being written or read is resident. For memories on the CPU; None keeps them in RAM.
+        private: leave those files as they are and keep changes to this process.
 
     Attributes:
         frames: seconds watched, T.
@@ -73,7 +107,8 @@ class VideoMemory:
         shape: MemoryShape,
         fingerprint: str,
         device: torch.device,
-        folder: str | os.PathLike[str] | None = None,
+        files: Callable[[str], BinaryIO] | None = None,
+        private: bool = False,
     ) -> None:
         self.shape = shape
         self.fingerprint = fingerprint
@@ -82,17 +117,22 @@ class VideoMemory:
         self.damage: str | None = None
         self.path: str | None = None
         self._writer: MemoryWriter | None = None
-        self._folder = folder if device.type == "cpu" else None
+        self._journal: Journal | None = None
+        self._lock = threading.Lock()  # held while rows are written
+        self._in_files = files is not None and device.type == "cpu"
 
-        def pool(*row: int, dtype: torch.dtype = shape.dtype) -> Pool:
-            return Pool(row, dtype, device, _scratch_file(self._folder))
+        def pool(name: str, *row: int, dtype: torch.dtype = shape.dtype) -> Pool:
+            file = files(name) if files is not None and self._in_files else None
+            return Pool(row, dtype, device, file, private)
 
-        blocks = range(shape.blocks)
-        self._tokens = pool(shape.per_frame, shape.width)
-        self._keys = [pool(shape.kv_heads, PAGE_SIZE, shape.head_dim) for _ in blocks]
-        self._values = [pool(shape.kv_heads, PAGE_SIZE, shape.head_dim) for _ in blocks]
+        blocks, page = range(shape.blocks), (shape.kv_heads, PAGE_SIZE, shape.head_dim)
         wide = torch.promote_types(shape.dtype, torch.float32)
-        self._summaries = [pool(shape.kv_heads, 3, shape.head_dim, dtype=wide) for _ in blocks]
+        self._tokens = pool("tokens", shape.per_frame, shape.width)
+        self._keys = [pool(f"blocks.{b}.key_pages", *page) for b in blocks]
+        self._values = [pool(f"blocks.{b}.value_pages", *page) for b in blocks]
+        self._summaries = [
+            pool(f"blocks.{b}.key_summary", shape.kv_heads, 3, shape.head_dim, dtype=wide) for b in blocks
+        ]
 
     @property
     def device(self) -> torch.device:
@@ -121,6 +161,14 @@ class VideoMemory:
         blocks = zip(self._keys, self._values, self._summaries, strict=True)
         return [MemoryPages(k.rows[:count], v.rows[:count], s.rows[:count], lengths, table) for k, v, s in blocks]
 
+    def prefix(self) -> MemoryPrefix:
+        """What is remembered now. Threads may append meanwhile and afterwards: the prefix stays as it is."""
+        with self._lock:
+            count, open_now = self.num_pages, open_pages(self.frames, self.shape.per_frame)
+            summaries = [pool.frozen(count, open_now) for pool in self._summaries]
+            pages = [replace(p, key_summary=s) for p, s in zip(self.pages, summaries, strict=True)]
+            return MemoryPrefix(self.frames, self.tokens, pages)
+
     def attach(self, writer: MemoryWriter) -> None:
         """Let `append` use this model; it must be the one that the memory was made by.
 
@@ -129,6 +177,13 @@ class VideoMemory:
         """
         self.check_model(writer.fingerprint())
         self._writer = writer
+
+    def close(self) -> None:
+        """Append no more, and let other processes append to what is kept of it; it can still be asked."""
+        self._writer = None
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
 
     def check_model(self, fingerprint: str) -> None:
         """Raise MemoryFileError unless a model with this fingerprint made the memory."""
@@ -147,19 +202,50 @@ class VideoMemory:
         Raises:
             ModelError: no model is attached.
         """
-        if self._writer is None:
-            raise ModelError("memory", "no model is attached to it", "call model.attach(memory) before appending")
-        batch = self._writer.batch
-        self.reserve(self.frames + len(frames))
-        done = 0
-        while done < len(frames):
-            offset = self.frames % batch
-            count = min(batch - offset, len(frames) - done)
-            self._append_batch(self._writer, frames[done : done + count].to(self._writer.device), offset)
-            done += count
+        writer, start = self._attached(), self.frames
+        self.reserve(start + len(frames))
+        try:
+            for first, end, offset in _batches(start, start + len(frames), writer.batch):
+                self._append_batch(writer, frames[first - start : end - start], offset)
+            if self._journal is not None and len(frames):
+                self._journal.commit(start, self)
+        except BaseException:
+            if self._journal is not None:
+                self._journal.abandon()
+                self.frames = start  # what could not be kept was never remembered
+            raise
 
-    def reserve(self, frames: int) -> None:
-        """Make room for so many frames in all, and for some more where growing often is dear.
+    @torch.no_grad()
+    def append_features(self, features: Tensor) -> None:
+        """Add seconds of which the features (n, N, Cv) are kept already: `append` without the tower and the journal."""
+        writer, start = self._attached(), self.frames
+        self.reserve(start + len(features))
+        for first, end, offset in _batches(start, start + len(features), writer.batch):
+            self._write(writer, features[first - start : end - start].to(writer.device, self.shape.dtype), offset)
+
+    def row_digest(self, first: int, end: int) -> str:
+        """Hash of everything that frames `first` to `end` wrote: tokens, and keys and values of every block."""
+        digest = hashlib.sha256()
+        for start in range(first, end, FILE_GROWTH):
+            frames = torch.arange(start, min(start + FILE_GROWTH, end))
+            slots, _ = frame_slots(frames, self.shape.per_frame)
+            digest.update(as_bytes(self._tokens.rows[start : start + len(frames)]))
+            for pool in (*self._keys, *self._values):
+                digest.update(as_bytes(pool.rows[slots // PAGE_SIZE, :, slots % PAGE_SIZE]))
+        return digest.hexdigest()
+
+    def refresh_summaries(self) -> None:
+        """Make the summaries of the open pages those of the rows in use, whatever was written behind them."""
+        unrotated = torch.empty(0, dtype=torch.float32)
+        for page in open_pages(self.frames, self.shape.per_frame):
+            slots = torch.arange(int(self.page_lengths[page]))
+            for keys, summaries in zip(self._keys, self._summaries, strict=True):
+                rows = keys.rows[page, :, : len(slots)].transpose(0, 1)
+                written = ext.page_write(rows, rows, torch.zeros_like(slots), slots, unrotated, 1, PAGE_SIZE)
+                summaries.rows[page] = written[2][0]
+
+    def reserve(self, frames: int, exactly: bool = False) -> None:
+        """Make room for so many frames in all, and unless `exactly` for some more where growing often is dear.
 
         Raises:
             MemoryFileError: the memory lives in files, and the disk has no room for them.
@@ -167,7 +253,8 @@ class VideoMemory:
         held = len(self._tokens.rows)
         if frames <= held:
             return
-        frames = max(frames, held + FILE_GROWTH) if self._folder else max(frames, held * 3 // 2)
+        if not exactly:
+            frames = max(frames, held + FILE_GROWTH if self._in_files else held * 3 // 2)
         self._tokens.reserve(frames)
         for pool in self._page_pools():
             pool.reserve(page_count(frames, self.shape.per_frame))
@@ -209,33 +296,48 @@ class VideoMemory:
         memory._summaries = [Pool.of(tensors[f"blocks.{block}.key_summary"]) for block in range(blocks)]
         return memory
 
+    def _attached(self) -> MemoryWriter:
+        if self._writer is None:
+            raise ModelError("memory", "no model is attached to it", "call model.attach(memory) before appending")
+        return self._writer
+
     def _append_batch(self, writer: MemoryWriter, frames: Tensor, offset: int) -> None:
-        """Encode and write frames of one batch; the first of them stands at `offset` in it."""
+        """Encode and write frames of one batch, the first of which stands at `offset` in it."""
         started = time.perf_counter()
-        whole = frames.new_zeros(writer.batch, *frames.shape[1:])
+        whole = frames.new_zeros(writer.batch, *frames.shape[1:], device=writer.device)
         whole[offset : offset + len(frames)] = frames
-        encoded = writer.encode(whole)
-        projected = writer.keys_values(encoded)
-        encoded_at = time.perf_counter()
-        per_frame, end = self.shape.per_frame, self.frames + len(frames)
-        self._tokens.rows[self.frames : end] = encoded[offset : offset + len(frames)]
-        slots, position_ids = frame_slots(torch.arange(self.frames, end, device=frames.device), per_frame)
+        features = writer.encode(whole)[offset : offset + len(frames)]
+        self.timings["encode"] += time.perf_counter() - started
+        if self._journal is not None:
+            features = self._journal.keep(features)
+        self._write(writer, features, offset)
+
+    def _write(self, writer: MemoryWriter, features: Tensor, offset: int) -> None:
+        """Project and write the features of frames of one batch, the first of which stands at `offset` in it."""
+        started, count = time.perf_counter(), len(features)
+        whole = features.new_zeros(writer.batch, *features.shape[1:])
+        whole[offset : offset + count] = features
+        tokens = writer.project(whole)
+        projected = writer.keys_values(tokens)
+        per_frame, end = self.shape.per_frame, self.frames + count
+        slots, position_ids = frame_slots(torch.arange(self.frames, end, device=features.device), per_frame)
         # Only the pages that get rows are shown to the operator, whose checks take time for every page it is shown.
         first, pages = int(slots.min()) // PAGE_SIZE, page_count(end, per_frame)
-        self._clear_pages(self.num_pages, pages)
-        inside, lengths = slots - first * PAGE_SIZE, rows_in_use(end, per_frame, frames.device)[first:]
-        for block, keys_values in enumerate(projected):
-            key, value = (self._of_frames(rows, writer.batch, offset, len(frames)) for rows in keys_values)
-            keys, values, summaries = (
-                pools[block].rows[first:pages] for pools in (self._keys, self._values, self._summaries)
-            )
-            ext.page_write_(key, value, position_ids, inside, writer.inv_freq, keys, values, summaries, lengths)
-        self._tokens.release(self.frames, end)
+        inside, lengths = slots - first * PAGE_SIZE, rows_in_use(end, per_frame, features.device)[first:]
+        with self._lock:
+            self._tokens.rows[self.frames : end] = tokens[offset : offset + count]
+            self._clear_pages(self.num_pages, pages)
+            for block, keys_values in enumerate(projected):
+                key, value = (self._of_frames(rows, writer.batch, offset, count) for rows in keys_values)
+                keys, values, summaries = (
+                    pools[block].rows[first:pages] for pools in (self._keys, self._values, self._summaries)
+                )
+                ext.page_write_(key, value, position_ids, inside, writer.inv_freq, keys, values, summaries, lengths)
+            before, self.frames = self.frames, end
+        self._tokens.release(before, end)
         for pool in self._page_pools():
             pool.release(first, pages)
-        self.frames = end
-        self.timings["encode"] += encoded_at - started
-        self.timings["write"] += time.perf_counter() - encoded_at
+        self.timings["write"] += time.perf_counter() - started
 
     def _of_frames(self, rows: Tensor, batch: int, first: int, count: int) -> Tensor:
         """Of a batch's rows, first all visual and then all newline rows, those of `count` frames from `first` on."""
@@ -252,14 +354,9 @@ class VideoMemory:
             pool.rows[first:end] = 0
 
 
-def _scratch_file(folder: str | os.PathLike[str] | None) -> BinaryIO | None:
-    """A file without a name, gone when it is closed; None without a folder."""
-    if folder is None:
-        return None
-    try:
-        handle, name = tempfile.mkstemp(dir=folder, prefix=".hourllava-")
-        os.unlink(name)
-        return cast(BinaryIO, os.fdopen(handle, "r+b"))
-    except OSError as error:
-        why = f"no file can be made there ({error.strerror})"
-        raise MemoryFileError(Path(folder), why, "choose another place") from error
+def _batches(first: int, end: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """Cut frames `first` to `end` at multiples of `size`: start, end and place in the batch of each part."""
+    while first < end:
+        stop = min(end, first - first % size + size)
+        yield first, stop, first % size
+        first = stop

@@ -6,10 +6,12 @@ from .configuration import HourLlavaConfig, tiny_config
 from .loading import load_model
 from .modeling import HourLlavaForConditionalGeneration
 from .prompt import build_example, build_prompt
+from .watching import FrameWriter
 
 __all__ = [
     "Answer",
     "AskOptions",
+    "FrameWriter",
     "HourLlavaConfig",
     "HourLlavaForConditionalGeneration",
     "Moment",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hourllava.errors import QuestionError
-from hourllava.memory import MemoryPages, VideoMemory
+from hourllava.memory import MemoryPages, MemoryPrefix, VideoMemory
 from hourllava.memory.pages import PAGE_SIZE, frame_slots, video_layout
 
 from .forgetting import Forgetting, remembered_frames, spread_frames
@@ -69,9 +69,10 @@ def ask(model: "HourLlavaForConditionalGeneration", memory: VideoMemory, questio
         raise QuestionError("question", "it is empty", "ask something about the video")
     started = time.perf_counter()
     memory.check_model(memory_fingerprint(model))
-    instruction = time_instruction(float(memory.frames), memory.frames) if model.config.time_instruction else None
+    seen = memory.prefix()
+    instruction = time_instruction(float(seen.frames), seen.frames) if model.config.time_instruction else None
     ids, query_mask = build_prompt(model.tokenizer, question.strip(), instruction)
-    embeds, mass = _prefill(model, memory, ids.to(model.device), query_mask.to(model.device), options)
+    embeds, mass = _prefill(model, seen, ids.to(model.device), query_mask.to(model.device), options)
     augmented = time.perf_counter()
     end = model.tokenizer.convert_tokens_to_ids("<|im_end|>")
     written = model.generate(
@@ -94,14 +95,14 @@ def ask(model: "HourLlavaForConditionalGeneration", memory: VideoMemory, questio
 
 def _prefill(
     model: "HourLlavaForConditionalGeneration",
-    memory: VideoMemory,
+    memory: MemoryPrefix,
     ids: Tensor,
     query_mask: Tensor,
     options: AskOptions,
 ) -> tuple[Tensor, Tensor]:
     """The decoder's input (1, M, C), and each second's share of the question's attention (T,)."""
     is_image = model.image_tokens(ids)[None]
-    frames, per_frame = remembered_frames(model.config, memory.frames), memory.shape.per_frame
+    frames, per_frame = remembered_frames(model.config, memory.frames), memory.tokens.shape[1]
     tokens = repeat_frames(model.config, memory.tokens)
     text = model.model.embed_tokens(ids.masked_fill(is_image[0], 0))
     rules = (options.temporal_forgetting, options.spatial_forgetting, options.forgetting_seed)
@@ -131,18 +132,18 @@ def _evidence_rows(rows: Interleaved) -> Tensor:
     return (~rows.visual & (rows.rank > rows.visual.nonzero().max())).to(torch.float32)
 
 
-def _pages(model: "HourLlavaForConditionalGeneration", memory: VideoMemory, tokens: Tensor) -> list[MemoryPages]:
+def _pages(model: "HourLlavaForConditionalGeneration", memory: MemoryPrefix, tokens: Tensor) -> list[MemoryPages]:
     """The memory's own pages; for a video shorter than the model remembers, pages of its repeated frames."""
     if len(tokens) == memory.frames:
         return memory.pages
     newline = model.model.image_newline.expand(len(tokens), -1)
-    layout = video_layout(len(tokens), memory.shape.per_frame, tokens.device)
+    layout = video_layout(len(tokens), memory.tokens.shape[1], tokens.device)
     return model.model.vision_resampler.write(torch.cat([tokens.flatten(0, 1), newline]), layout)
 
 
-def _mass_of_seconds(page_mass: Tensor, frames: int, memory: VideoMemory) -> Tensor:
+def _mass_of_seconds(page_mass: Tensor, frames: int, memory: MemoryPrefix) -> Tensor:
     """Spread each page's attention evenly over its rows and sum by second, newlines left out: (T,), summing to 1."""
-    per_frame = memory.shape.per_frame
+    per_frame = memory.tokens.shape[1]
     slots, _ = frame_slots(torch.arange(frames, device=page_mass.device), per_frame)
     page = slots[: frames * per_frame] // PAGE_SIZE
     share = page_mass.to(torch.float32) / torch.bincount(page, minlength=len(page_mass)).clamp(min=1)

@@ -214,7 +214,7 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
         source: watching.Source,
         progress: bool = True,
         on_chunk: Callable[[VideoMemory], None] | None = None,
-        folder: str | os.PathLike[str] | None = None,
+        into: VideoMemory | str | os.PathLike[str] | None = None,
     ) -> VideoMemory:
         """Take a video in, once.
 
@@ -222,8 +222,8 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
             source: a video file; or frames, one a second, uint8 RGB (T, 3, H, W); or an iterable of such tensors.
             progress: show a bar on stderr.
             on_chunk: called with the memory after each chunk of frames; it may ask questions already.
-            folder: keep the memory in files there, so that RAM holds none of it, whatever the video's length; None
-                keeps it in RAM. The files have no names and go when the memory goes.
+            into: a memory to go on with, of which the source's first `frames` seconds are skipped; or a folder, to keep
+                the memory in nameless files there, so that RAM holds none of it; None keeps it in RAM.
 
         Returns:
             its memory, attached to this model.
@@ -232,7 +232,7 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
             VideoError: the video cannot be read at all. What is lost of a damaged one is told by `memory.damage`.
             ModelError: the model has no vision tower.
         """
-        return watching.watch(self, source, progress, on_chunk, folder)
+        return watching.watch(self, source, progress, on_chunk, into)
 
     def ask(self, memory: VideoMemory, question: str, max_new_tokens: int = 16, **options: Any) -> Answer:
         """Answer a question about a watched video; nothing is decoded or encoded again.

@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from hourllava.errors import ModelError, VideoError
-from hourllava.memory import MemoryShape, VideoMemory
+from hourllava.memory import MemoryShape, VideoMemory, scratch_files
 from hourllava.video import VideoReader, open_video, resize_frames
 
-from .inputs import Visual
 from .memaug import rotary_frequencies
 
 if TYPE_CHECKING:
@@ -42,6 +41,8 @@ class FrameWriter:
         patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
         self.model = model
         self.device = weight.device
+        self.grid = config.video_grid
+        self.feature_width = config.vision_width
         self.shape = MemoryShape(
             per_frame=min(patches, config.video_grid**2),
             width=decoder.hidden_size,
@@ -55,12 +56,19 @@ class FrameWriter:
     def fingerprint(self) -> str:
         return memory_fingerprint(self.model)
 
+    def tower_fingerprint(self) -> str:
+        return tower_fingerprint(self.model)
+
     def encode(self, frames: Tensor) -> Tensor:
-        """Projected tokens (n, N, C) of uint8 frames (n, 3, H, W)."""
+        """Features (n, N, Cv) of uint8 frames (n, 3, H, W): the tower's patches, pooled to the video's grid."""
         size = self.model.config.vision_config.image_size
         if frames.shape[-2:] != (size, size):
             frames = resize_frames(frames, size)
-        return self.model.model.project([Visual(frames, "video", None)], self.model.config.video_grid)[0][1]
+        assert self.model.model.vision_tower is not None
+        return self.model.model.vision_tower.encode([frames], self.grid)[0]
+
+    def project(self, features: Tensor) -> Tensor:
+        return self.model.model.mm_projector(features)
 
     def keys_values(self, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
         newlines = self.model.model.image_newline.expand(len(tokens), -1)
@@ -71,20 +79,32 @@ class FrameWriter:
 def memory_fingerprint(model: "HourLlavaForConditionalGeneration") -> str:
     """Hash of the weights and settings that a memory's contents come from; computed again only if they changed."""
     inner = model.model
-    parts = {"projector": inner.mm_projector, "tower": inner.vision_tower}
-    named = {f"{part}.{k}": v for part, module in parts.items() if module for k, v in module.named_parameters()}
+    named = _named_parameters(projector=inner.mm_projector, tower=inner.vision_tower)
     named["newline"] = inner.image_newline
     for number, block in enumerate(inner.vision_resampler.blocks):
         named |= {f"{number}.{k}": v for k, v in block.cross_attn.Wkv.named_parameters()}
     state = tuple((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in named.values())
     if model.fingerprint_cache is None or model.fingerprint_cache[0] != state:
         settings = (model.config.video_grid, model.config.text_config.rope_parameters["rope_theta"])
-        digest = hashlib.sha256(repr(settings).encode())
-        for name, tensor in sorted(named.items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        model.fingerprint_cache = (state, digest.hexdigest())
+        model.fingerprint_cache = (state, _hash_of(named, settings))
     return model.fingerprint_cache[1]
+
+
+def tower_fingerprint(model: "HourLlavaForConditionalGeneration") -> str:
+    """Hash of the weights and settings that pooled features come from."""
+    return _hash_of(_named_parameters(tower=model.model.vision_tower), model.config.video_grid)
+
+
+def _named_parameters(**modules: nn.Module | None) -> dict[str, Tensor]:
+    return {f"{part}.{k}": v for part, module in modules.items() if module for k, v in module.named_parameters()}
+
+
+def _hash_of(named: dict[str, Tensor], settings: object) -> str:
+    digest = hashlib.sha256(repr(settings).encode())
+    for name, tensor in sorted(named.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @torch.no_grad()
@@ -93,34 +113,49 @@ def watch(
     source: Source,
     progress: bool = True,
     on_chunk: Callable[[VideoMemory], None] | None = None,
-    folder: str | os.PathLike[str] | None = None,
+    into: VideoMemory | str | os.PathLike[str] | None = None,
 ) -> VideoMemory:
     """See `HourLlavaForConditionalGeneration.watch`."""
-    writer = FrameWriter(model)
-    memory = VideoMemory(writer.shape, writer.fingerprint(), writer.device, folder)
-    memory.attach(writer)
+    memory = into if isinstance(into, VideoMemory) else new_memory(FrameWriter(model), into)
     opened = open_video(source) if isinstance(source, str | os.PathLike) else source
     expected = opened.frames_expected if isinstance(opened, VideoReader) else None
     if isinstance(opened, Tensor):
         expected = len(opened)
     memory.reserve(expected or 0)
-    chunks = _chunks(opened, model.config.vision_config.image_size)
-    with tqdm(total=expected, unit="s", desc="watching", disable=not progress) as bar:
+    chunks = _after(memory.frames, _chunks(opened, model.config.vision_config.image_size))
+    with tqdm(total=expected, initial=memory.frames, unit="s", desc="watching", disable=not progress) as bar:
         while True:
             started = time.perf_counter()
             frames = next(chunks, None)
             memory.timings["decode"] += time.perf_counter() - started
             if frames is None:
                 break
+            if isinstance(opened, VideoReader):
+                memory.damage = opened.report.message
             memory.append(frames)
             bar.update(len(frames))
             if on_chunk is not None:
                 on_chunk(memory)
-    if isinstance(opened, VideoReader):
-        memory.damage = opened.report.message
     if memory.frames == 0:
         raise VideoError("video", "it holds no frame", "give at least one frame")
     return memory
+
+
+def new_memory(writer: FrameWriter, folder: str | os.PathLike[str] | None = None) -> VideoMemory:
+    """An empty memory that a model can append to; with a folder, it lives in files there and takes no RAM."""
+    files = None if folder is None else scratch_files(folder)
+    memory = VideoMemory(writer.shape, writer.fingerprint(), writer.device, files)
+    memory.attach(writer)
+    return memory
+
+
+def _after(frames: int, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Leave out the first frames, which a memory holds already."""
+    for chunk in chunks:
+        rest = chunk[frames:]
+        frames -= len(chunk) - len(rest)
+        if len(rest):
+            yield rest
 
 
 def _chunks(source: VideoReader | Tensor | Iterable[Tensor], size: int) -> Iterator[Tensor]:

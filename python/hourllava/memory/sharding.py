@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One memory spread over the ranks of a torch.distributed group: each attends to its own pages, one collective joins.
+
+Queries and everything after the attention are the same on every rank; only the pages differ.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+import hourllava_ext as ext
+
+from .pages import MemoryPages
+
+
+def sharded_attention(
+    query: Tensor,
+    pages: MemoryPages,
+    position_ids: Tensor,
+    cu_seqlens: Tensor,
+    inv_freq: Tensor,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of packed queries to pages that lie on all ranks of a group; differentiable in queries and pages.
+
+    One collective on the way forward, one on the way back, whatever the memory's length. The loss must be the same on
+    every rank, as it is when every rank computes it from what this returns.
+
+    Args:
+        query: (M, Hq, D), not rotated, the same on every rank.
+        pages: this rank's; every sample's row of the table lists the pages that are here, or only -1.
+        position_ids: (M,) int64.
+        cu_seqlens: (B + 1,) int64.
+        inv_freq: (F,) float32.
+        group: the ranks; None is the default group.
+
+    Returns:
+        out (M, Hq, D) in the dtype of `query`, and lse (Hq, M) float32 (float64 for float64), as `paged_attention`
+        gives for all pages in one place.
+    """
+    out, lse, *_ = ext.paged_attention(
+        _Replicated.apply(query, group),
+        pages.key_pages,
+        pages.value_pages,
+        pages.page_table,
+        pages.page_lengths,
+        position_ids,
+        cu_seqlens,
+        inv_freq,
+    )
+    return ext.merge_attention(*_Gathered.apply(out, lse, group))
+
+
+def least_loaded(rows: int, group: dist.ProcessGroup | None = None) -> int:
+    """The rank that the next frames belong to: the one that holds the fewest rows, the lower one of equals."""
+    loads = [torch.empty(1, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(loads, torch.tensor([rows]), group)
+    return min(range(len(loads)), key=lambda rank: int(loads[rank]))
+
+
+class _Replicated(torch.autograd.Function):
+    """The same tensor on every rank, whose gradient is the sum over what each rank did with it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        # A sum of rounded parts would round again for every rank: it is taken in float32.
+        total = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True).contiguous()
+        dist.all_reduce(total, group=ctx.group)
+        return total.to(grad.dtype), None
+
+
+class _Gathered(torch.autograd.Function):
+    """Every rank's output (S, M, H, D) and log-sum-exp (S, H, M), in one collective; a rank's gradient is its own."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, lse: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+        ctx.rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+        parts = [out.contiguous().view(-1).view(torch.uint8), lse.contiguous().view(-1).view(torch.uint8)]
+        mine = torch.cat(parts)
+        everyone = [torch.empty_like(mine) for _ in range(ranks)]
+        dist.all_gather(everyone, mine, group)
+        split = len(parts[0])
+        outs = [part[:split].clone().view(out.dtype).view(out.shape) for part in everyone]
+        lses = [part[split:].clone().view(lse.dtype).view(lse.shape) for part in everyone]
+        return torch.stack(outs), torch.stack(lses)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        return grad_out[ctx.rank], grad_lse[ctx.rank], None

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`hourllava watch --into` and `hourllava memory`: a repository from the first film to the last."""
+
+import json
+from pathlib import Path
+
+import pytest
+from clips import CLIP_SECONDS
+
+from hourllava.cli import main
+
+QUESTION = "Which colour was the star?"
+
+
+def test_a_repository(clip: str, model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    place, options = tmp_path / "memories", ["--model", model]
+
+    def said(*arguments: str, code: int = 0) -> str:
+        assert main(list(arguments)) == code
+        return "".join(capfd.readouterr())
+
+    assert f"00:{CLIP_SECONDS} of it new" in said("watch", clip, "--into", str(place), "--pages", *options)
+    assert "00:00 of it new" in said("watch", clip, "--into", str(place), *options)  # gone on with, and complete
+    said("watch", clip, "--into", str(place), "--name", "small", "--precision", "int8", *options)
+    assert [line.split(":")[0] for line in said("memory", "list", str(place)).splitlines()] == ["clip", "small"]
+    assert "int8" in said("memory", "info", str(place), "small")
+    assert "2 videos are sound" in said("memory", "verify", str(place))
+    answers = [
+        json.loads(said("ask", str(source), QUESTION, "--json", *options))["answers"][0]["mass"]
+        for source in (clip, place / "clip", place / "small")
+    ]
+    for ours in answers[1:]:
+        assert ours == pytest.approx(answers[0], abs=0.01)
+    file = tmp_path / "clip.memory"
+    said("memory", "export", str(place), "clip", "-o", str(file), *options)
+    assert json.loads(said("ask", str(file), QUESTION, "--json", *options))["answers"][0]["mass"] == answers[1]
+    segment = next((place / "small").glob("features-*"))
+    segment.write_bytes(segment.read_bytes()[:-1])
+    assert "damaged in 1 places" in said("memory", "verify", str(place), code=1)
+    assert "watch the video again" in said("memory", "repair", str(place), "small")
+    said("memory", "delete", str(place), "small")
+    assert "clip" in said("memory", "list", str(place))
+    assert "there is no such video" in said("memory", "info", str(place), "small", code=1)
+
+
+def test_no_repository(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["memory", "list", str(tmp_path)]) == 1
+    assert "there is no repository there" in capfd.readouterr().err
