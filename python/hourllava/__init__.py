@@ -11,12 +11,28 @@ The names below are imported when they are first used: `hourllava --help` need n
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from hourllava import registration as _registration  # noqa: F401  (importing it registers the model)
+
 if TYPE_CHECKING:
     from hourllava.errors import HourLlavaError
     from hourllava.memory import VideoMemory
-    from hourllava.model import HourLlavaConfig, HourLlavaForConditionalGeneration, load_model
+    from hourllava.model import (
+        HourLlavaConfig,
+        HourLlavaForConditionalGeneration,
+        HourLlavaProcessor,
+        Subtitles,
+        load_model,
+    )
 
-__all__ = ["HourLlavaConfig", "HourLlavaError", "HourLlavaForConditionalGeneration", "VideoMemory", "load_model"]
+__all__ = [
+    "HourLlavaConfig",
+    "HourLlavaError",
+    "HourLlavaForConditionalGeneration",
+    "HourLlavaProcessor",
+    "Subtitles",
+    "VideoMemory",
+    "load_model",
+]
 
 _HOME = {"HourLlavaError": "hourllava.errors", "VideoMemory": "hourllava.memory"}
 

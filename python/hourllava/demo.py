@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hourllava.cli.text import print_times, span
+from hourllava.cli.text import print_times
 from hourllava.data import TOPICS, Film, Question
 from hourllava.data.film import EVENT_SECONDS
 from hourllava.errors import HourLlavaError
@@ -96,7 +96,7 @@ def show_answers(questions: list[Question], result: dict[str, Any], console: Con
     for question, answer in zip(questions, result["answers"], strict=True):
         same = answer["answer"] == question.answer
         right += same
-        moments = [f"{span(moment)} ({moment.share:.0%})" for moment in (Moment(**m) for m in answer["moments"])]
+        moments = [f"{moment} ({moment.share:.0%})" for moment in (Moment(**m) for m in answer["moments"])]
         event = ""
         if question.second is not None:
             share = sum(answer["mass"][question.second : question.second + EVENT_SECONDS])

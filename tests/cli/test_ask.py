@@ -10,9 +10,9 @@ import torch
 from clips import CLIP_SECONDS
 from PIL import Image
 
+import hourllava.model.asking
 from hourllava.cli import main
 from hourllava.cli.plot import plot_attention
-from hourllava.cli.text import span
 from hourllava.model import Answer, Moment
 from hourllava.video import clock
 
@@ -102,7 +102,28 @@ def test_plot_marks_the_moments_of_an_hour(tmp_path: Path) -> None:
 
 
 def test_moments_as_a_player_shows_them() -> None:
-    assert span(Moment(724.0, 726.0, 0.5)) == "12:04-12:05"
-    assert span(Moment(724.0, 725.0, 0.5)) == "12:04"
+    assert str(Moment(724.0, 726.0, 0.5)) == "12:04-12:05"
+    assert str(Moment(724.0, 725.0, 0.5)) == "12:04"
     assert clock(3599.9) == "59:59"
     assert clock(3600) == "1:00:00"
+
+
+def test_answers_cite_their_times() -> None:
+    moments = [Moment(724.0, 726.0, 0.5), Moment(61.0, 62.0, 0.2), Moment(5.0, 6.0, 0.1), Moment(9.0, 10.0, 0.1)]
+    answer = Answer("red", moments, torch.ones(1), {}, [])
+    assert answer.cite() == "red [12:04-12:05, 01:01, 00:05]"
+    assert answer.cite(1) == "red [12:04-12:05]"
+    assert Answer("red", [], torch.ones(1), {}, []).cite() == "red"
+
+
+def test_subtitles_join_the_question(
+    clip: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "film.srt"
+    path.write_text("1\n00:00:01,000 --> 00:00:03,500\n<i>Good morning.</i>\n")
+    asked = []
+    build = hourllava.model.asking.build_prompt
+    monkeypatch.setattr("hourllava.model.asking.build_prompt", lambda *a: asked.append(a[1]) or build(*a))
+    assert main(["ask", clip, QUESTIONS[0], "--model", model, "--subtitles", str(path), "--json"]) == 0
+    assert asked == [f"This video's subtitles are listed below:\nGood morning.\n{QUESTIONS[0]}"]
+    assert json.loads(capsys.readouterr().out)["answers"][0]["question"] == QUESTIONS[0]

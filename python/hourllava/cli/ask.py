@@ -24,6 +24,7 @@ class AskRequest:
     plot: Path | None
     json: bool
     progress: bool
+    subtitles: Path | None = None
 
 
 def ask(request: AskRequest) -> bool:
@@ -41,12 +42,13 @@ def ask(request: AskRequest) -> bool:
             raise HourLlavaError(request.plot, "the picture is written as PNG", "let its name end in .png")
     from tqdm import tqdm
 
-    from hourllava.model import load_model
+    from hourllava.model import Subtitles, load_model
 
+    subtitles = Subtitles.read(request.subtitles) if request.subtitles else Subtitles(())
     model = load_model(request.model)
     memory, times = take_in(model, request.video, request.progress)
     asked = tqdm(request.questions, "answering", unit="question", disable=not request.progress)
-    answers = [model.ask(memory, question) for question in asked]
+    answers = [model.ask(memory, subtitles.join(question.strip(), memory.frames)) for question in asked]
     if request.plot:
         from hourllava.cli.plot import plot_attention
 

@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     add_memory(commands)
     _add_train(commands)
     _add_evaluate(commands)
+    _add_convert(commands)
     doctor = commands.add_parser("doctor", help="say what is installed, which kernels are live, and what is missing")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -83,6 +84,9 @@ def _add_ask(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     )
     ask.add_argument("video", metavar="VIDEO", type=Path, help="a video file, a memory, or REPOSITORY/NAME")
     ask.add_argument("questions", metavar="QUESTION", nargs="+", help="what to ask")
+    ask.add_argument(
+        "--subtitles", metavar="FILE", type=Path, help="subtitles (SRT or WebVTT) that are put before each question"
+    )
     ask.add_argument("--plot", metavar="PNG", type=Path, help="draw attention over time into this file")
     ask.add_argument("--json", action="store_true", help="print one JSON document instead of text")
     _add_model(ask)
@@ -136,6 +140,23 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     evaluate.set_defaults(run=_evaluate)
 
 
+def _add_convert(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="write a model in the original's layout",
+        description=(
+            "Write a model as the original's code reads it: its names, its shapes, its config.json, bit for bit. "
+            "The other way needs no conversion: --model takes the original's checkpoints as they are."
+        ),
+    )
+    convert.add_argument("model", metavar="MODEL", help="a preset or a model's directory")
+    convert.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="a new folder")
+    convert.add_argument(
+        "--vision-tower", metavar="DIR", type=Path, help="the tower's own repository, if MODEL holds no tower"
+    )
+    convert.set_defaults(run=_convert)
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="tiny", help="a preset or a model's directory (default: tiny)")
 
@@ -162,7 +183,7 @@ def _ask(args: argparse.Namespace) -> int:
 
     progress = args.progress or sys.stderr.isatty()
     questions = [question.encode(errors="replace").decode() for question in args.questions]
-    lost = ask(AskRequest(args.video, questions, args.model, args.plot, args.json, progress))
+    lost = ask(AskRequest(args.video, questions, args.model, args.plot, args.json, progress, args.subtitles))
     return EXIT_LOSS if lost else EXIT_OK
 
 
@@ -189,6 +210,15 @@ def _evaluate(args: argparse.Namespace) -> int:
     from hourllava.evaluate import main as evaluate
 
     return evaluate(videos=args.videos, model=args.model)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from hourllava.model import convert_to_original
+    from hourllava.model.loading import model_folder
+
+    files = convert_to_original(model_folder(args.model), args.output, args.vision_tower)
+    print(f"{args.output}: config.json and {', '.join(files)} in the original's layout")
+    return EXIT_OK
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -7,25 +7,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hourllava.video import clock
-
 if TYPE_CHECKING:
-    from hourllava.model import Answer, Moment
+    from hourllava.model import Answer
 
 SHOWN_MOMENTS = 3
-
-
-def span(moment: "Moment") -> str:
-    """The seconds of a moment as a player shows them: 12:04, or 12:04-12:06 where it lasts longer than one."""
-    first, last = clock(moment.start), clock(max(moment.start, moment.end - 1))
-    return first if first == last else f"{first}-{last}"
 
 
 def print_answers(questions: list[str], answers: list["Answer"]) -> None:
     """Each question with its answer and the moments that the answer rests on."""
     console = Console()
     rows = [
-        (question, answer.text, ", ".join(f"{span(m)} ({m.share:.0%})" for m in answer.moments[:SHOWN_MOMENTS]))
+        (question, answer.text, ", ".join(f"{m} ({m.share:.0%})" for m in answer.moments[:SHOWN_MOMENTS]))
         for question, answer in zip(questions, answers, strict=True)
     ]
     if not console.is_terminal:

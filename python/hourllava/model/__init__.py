@@ -3,9 +3,13 @@
 
 from .asking import Answer, AskOptions, Moment
 from .configuration import HourLlavaConfig, tiny_config
+from .conversion import convert_to_original
 from .loading import load_model
 from .modeling import HourLlavaForConditionalGeneration
+from .parts import parts_table
+from .processing import HourLlavaProcessor
 from .prompt import build_example, build_prompt
+from .subtitles import Subtitles
 from .watching import FrameWriter
 
 __all__ = [
@@ -14,9 +18,13 @@ __all__ = [
     "FrameWriter",
     "HourLlavaConfig",
     "HourLlavaForConditionalGeneration",
+    "HourLlavaProcessor",
     "Moment",
+    "Subtitles",
     "build_example",
     "build_prompt",
+    "convert_to_original",
     "load_model",
+    "parts_table",
     "tiny_config",
 ]

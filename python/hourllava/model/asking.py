@@ -11,6 +11,7 @@ from torch import Tensor
 from hourllava.errors import QuestionError
 from hourllava.memory import MemoryPages, MemoryPrefix, VideoMemory
 from hourllava.memory.pages import PAGE_SIZE, frame_slots, video_layout
+from hourllava.video import clock
 
 from .forgetting import Forgetting, remembered_frames, spread_frames
 from .inputs import check_length
@@ -34,6 +35,11 @@ class Moment:
     end: float
     share: float  # of the question's attention to all frames
 
+    def __str__(self) -> str:
+        """The time as a player shows it: 12:04, or 12:04-12:06 where it lasts longer than a second."""
+        first, last = clock(self.start), clock(max(self.start, self.end - 1))
+        return first if first == last else f"{first}-{last}"
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -47,6 +53,11 @@ class Answer:
 
     def __str__(self) -> str:
         return self.text
+
+    def cite(self, moments: int = 3) -> str:
+        """The text with the times that it rests on, strongest first: `red [12:04-12:05, 33:10]`."""
+        times = ", ".join(str(moment) for moment in self.moments[:moments])
+        return f"{self.text} [{times}]" if times else self.text
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig, Qwen2Config, SiglipVisionConfig
 
+from .original import fields_of_original, is_original
+
 # What the original puts into `input_ids` where visual tokens go (SPEC A.3).
 ORIGINAL_IMAGE_TOKEN = -200
 FORGETTING_RULES = {
@@ -33,6 +35,8 @@ class HourLlavaConfig(PreTrainedConfig):
         image_max_tiles: the tokens of more tiles than this are scaled down to about so many.
         image_token_id: id of the token that the visual tokens replace; the original's -200 is always understood too.
         time_instruction: whether prompts tell the video's length (SPEC C.7).
+        head_is_stored: the checkpoint that this came from holds the tied head a second time.
+        original: the original's config.json that this came from, for the way back.
     """
 
     model_type = "hour_llava"
@@ -56,6 +60,8 @@ class HourLlavaConfig(PreTrainedConfig):
     image_token_id: int = ORIGINAL_IMAGE_TOKEN
     time_instruction: bool = False
     tie_word_embeddings: bool = False
+    head_is_stored: bool = False
+    original: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if not isinstance(self.text_config, PreTrainedConfig):
@@ -81,28 +87,29 @@ class HourLlavaConfig(PreTrainedConfig):
 
     @classmethod
     def from_original(cls, flat: dict[str, Any]) -> "HourLlavaConfig":
-        """Convert the original's flat config.json (SPEC A.7), which keeps the decoder's fields at the top level."""
-        decoder = {name: flat[name] for name in _DECODER_FIELDS if name in flat}
-        return cls(
-            text_config={**decoder, "rope_parameters": {"rope_type": "default", "rope_theta": flat["rope_theta"]}},
-            vision_width=flat["mm_hidden_size"],
-            memaug_depth=flat["memaug_depth"],
-            video_grid=flat.get("video_grid", 8),
-            spatial_forgetting=flat.get("spatial_sampling_type", "random"),
-        )
+        """Convert the original's flat config.json (SPEC A.7), which keeps the decoder's fields at the top level.
+
+        Raises:
+            ModelError: a size of the decoder is missing.
+        """
+        return cls(**fields_of_original(flat))
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """transformers' `from_dict`; a config.json of the original's is understood, whatever its `model_type`."""
+        if is_original(config_dict):
+            config_dict = cls.from_original(config_dict).to_dict()
+        return super().from_dict(config_dict, **kwargs)
 
 
-_DECODER_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-    "tie_word_embeddings",
-    "rms_norm_eps",
-)
+class OriginalConfig(HourLlavaConfig):
+    """What AutoConfig finds under the original's `model_type`; reading one gives a `HourLlavaConfig`."""
+
+    model_type = "hour_llava_qwen"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        return HourLlavaConfig.from_dict(config_dict, **kwargs)
 
 
 def tiny_config(vocab_size: int = 512, **changes: Any) -> HourLlavaConfig:

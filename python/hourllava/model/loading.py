@@ -1,51 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finding a model: a preset of the package, or a directory that `save_pretrained` wrote."""
+"""Finding a model: a preset of the package, or a directory with a checkpoint, ours or the original's."""
 
 import os
 from pathlib import Path
 
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText
-from transformers.utils import logging
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
 from hourllava.errors import ModelError
 
-from .configuration import HourLlavaConfig
+from .configuration import HourLlavaConfig, OriginalConfig
 from .modeling import HourLlavaForConditionalGeneration
+from .processing import HourLlavaProcessor
+from .prompt import has_tokenizer
 
 PRESETS = Path(__file__).parent.parent / "presets"
-NEEDED = ("config.json", "model.safetensors", "tokenizer.json")
 
 
-def load_model(name: str | os.PathLike[str] = "tiny") -> HourLlavaForConditionalGeneration:
+def load_model(
+    name: str | os.PathLike[str] = "tiny", vision_tower: str | os.PathLike[str] | None = None
+) -> HourLlavaForConditionalGeneration:
     """A model ready to watch and to answer.
 
     Args:
-        name: a preset's name, or a directory that holds config.json, the weights and the tokenizer.
+        name: a preset's name, or a directory that holds config.json, the weights and the tokenizer, as
+            `save_pretrained` or the original wrote them.
+        vision_tower: a directory with the tower's own repository, for checkpoints that hold no tower.
 
     Raises:
         ModelError: there is no such preset or directory, or it is not whole.
+    """
+    folder = model_folder(name)
+    if not has_tokenizer(folder):
+        raise ModelError(name, "tokenizer.json is missing", "give a directory that save_pretrained wrote")
+    try:
+        return HourLlavaForConditionalGeneration.from_pretrained(folder, vision_tower=vision_tower).eval()
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(name, str(error).splitlines()[0], "give a directory that save_pretrained wrote") from error
+
+
+def model_folder(name: str | os.PathLike[str]) -> Path:
+    """The directory of a preset, or the directory of that name.
+
+    Raises:
+        ModelError: there is neither.
     """
     presets = sorted(folder.parent.name for folder in PRESETS.glob("*/config.json"))
     folder = PRESETS / name if str(name) in presets else Path(name)
     if not folder.is_dir():
         todo = f"give a model's directory or a preset ({', '.join(presets) or 'none is installed'})"
         raise ModelError(name, "there is no such model", todo)
-    present = {path.name.removesuffix(".index.json") for path in folder.iterdir()}
-    missing = [file for file in NEEDED if file not in present]
-    if missing:
-        raise ModelError(name, f"{missing[0]} is missing", "give a directory that save_pretrained wrote")
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        return HourLlavaForConditionalGeneration.from_pretrained(folder).eval()
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(name, str(error).splitlines()[0], "give a directory that save_pretrained wrote") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
+    return folder
 
 
 # So that transformers' own Auto classes know a saved model once this package is imported.
 AutoConfig.register(HourLlavaConfig.model_type, HourLlavaConfig)
-AutoModelForImageTextToText.register(HourLlavaConfig, HourLlavaForConditionalGeneration)
+AutoConfig.register(OriginalConfig.model_type, OriginalConfig)
+AutoProcessor.register(HourLlavaConfig, HourLlavaProcessor)
+for _auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    _auto.register(HourLlavaConfig, HourLlavaForConditionalGeneration)

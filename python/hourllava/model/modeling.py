@@ -16,13 +16,14 @@ from hourllava.errors import InputError, ModelError
 from hourllava.memory import VideoMemory
 from hourllava.memory.pages import join_layouts
 
-from . import asking, watching
+from . import asking, pretrained, watching
 from .asking import Answer, AskOptions
 from .configuration import ORIGINAL_IMAGE_TOKEN, HourLlavaConfig
 from .forgetting import Forgetting
 from .inputs import Visual, check_content, check_lengths, check_targets, group_by_sample, read_visuals
 from .memaug import MemAug, MemoryUse
-from .prompt import load_tokenizer
+from .processing import HourLlavaProcessor
+from .prompt import has_tokenizer, load_tokenizer
 from .remembering import Choice, Remembered, remember_images, remember_tiles, remember_video
 from .stream import Interleaved, interleave, pad_rows, query_stream
 from .vision import VisionTower
@@ -186,6 +187,27 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
         mask, _ = _left_padding(rows)
         return super().generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)  # type: ignore[misc]
 
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        *args: Any,
+        vision_tower: str | os.PathLike[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' `from_pretrained`, for checkpoints of ours and of the original's; see `pretrained`.
+
+        Args:
+            pretrained_model_name_or_path: a directory, or a repository of the hub.
+            vision_tower: a directory with the tower's own repository, for checkpoints that hold none.
+            kwargs: fields of the config to change, and what transformers takes (`dtype`, `device_map`, ...).
+
+        Raises:
+            ModelError: there is no such model, a file is missing or damaged, or tensors do not fit.
+        """
+        load = super().from_pretrained
+        return pretrained.load(cls, load, pretrained_model_name_or_path, *args, vision_tower=vision_tower, **kwargs)
+
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer saved beside the weights, or the one that was set.
@@ -204,10 +226,10 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike[str], **kwargs: Any
     ) -> None:
-        """transformers' `save_pretrained`, with the tokenizer beside the weights if there is one."""
+        """transformers' `save_pretrained`, with the processor beside the weights if there is a tokenizer."""
         super().save_pretrained(save_directory, **kwargs)
-        if self._tokenizer is not None:
-            self._tokenizer.save_pretrained(save_directory)
+        if self._tokenizer is not None or has_tokenizer(self.name_or_path or ""):
+            HourLlavaProcessor.for_config(self.tokenizer, self.config).save_pretrained(save_directory)
 
     def watch(
         self,

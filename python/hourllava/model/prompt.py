@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from hourllava.errors import ModelError
 
@@ -16,6 +16,7 @@ SYSTEM_MESSAGE = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 ASSISTANT_HEADER = "<|im_start|>assistant\n"
 # Tokens that are targets and never queries, whoever's turn they stand in.
 TEMPLATE_TOKENS = ("\n", "<|im_start|>", "<|im_end|>")
+_FAST, _SLOW = ("tokenizer.json",), ("vocab.json", "merges.txt")
 
 
 def time_instruction(seconds: float, frames: int) -> str:
@@ -79,12 +80,25 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], l
     return ids, [token not in template for token in ids]
 
 
+def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
+    """Whether a directory holds a tokenizer: ours, or the vocabulary and merges that the original's Qwen2 writes."""
+    present = {name for name in (*_FAST, *_SLOW) if folder and (Path(folder) / name).is_file()}
+    return present.issuperset(_FAST) or present.issuperset(_SLOW)
+
+
 def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """The tokenizer saved in a model's directory.
+    """The tokenizer saved in a model's directory, with a token for `<image>`.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is none, or it is damaged.
     """
-    if not (Path(folder) / "tokenizer.json").is_file():
+    if not has_tokenizer(folder):
         raise ModelError(folder or "model", "it has no tokenizer", "load a directory with tokenizer.json, or set one")
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    kind = PreTrainedTokenizerFast if (Path(folder) / _FAST[0]).is_file() else Qwen2Tokenizer
+    try:
+        tokenizer = kind.from_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        why = f"its tokenizer is damaged ({str(error).splitlines()[0]})"
+        raise ModelError(folder, why, "download it again, all of its files") from error
+    tokenizer.add_tokens([IMAGE], special_tokens=True)
+    return tokenizer

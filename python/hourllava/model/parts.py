@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What of a model trains: its parts by name, and a table of them to print before hours are spent."""
+
+from torch import nn
+
+# Parts of the model by what stands in the names of their parameters; the rest is the decoder.
+PARTS = {
+    "vision tower": "vision_tower.",
+    "projector": "mm_projector.",
+    "newline": "image_newline",
+    "MemAug": "vision_resampler.",
+    "embeddings": "embed_tokens.",
+    "head": "lm_head.",
+}
+DECODER = "decoder"
+
+
+def parts_table(model: nn.Module) -> str:
+    """A line for each part of the model with the parameters that it has and that train, LoRA's own apart.
+
+    Args:
+        model: a `HourLlavaForConditionalGeneration`, or what PEFT made of one.
+    """
+    rows: dict[str, list[int]] = {part: [0, 0] for part in (*PARTS, DECODER)}
+    for name, parameter in model.named_parameters():
+        part = next((part for part, mark in PARTS.items() if mark in name), DECODER)
+        if ".lora_" in name:
+            part = f"LoRA in {part}"
+        row = rows.setdefault(part, [0, 0])
+        row[0] += parameter.numel()
+        row[1] += parameter.numel() * parameter.requires_grad
+    rows["all"] = [sum(column) for column in zip(*rows.values(), strict=True)]
+    lines = [f"{'part':24}{'parameters':>16}{'train':>16}{'share':>10}"]
+    for part, (count, training) in rows.items():
+        if count:
+            lines.append(f"{part:24}{count:16,}{training:16,}{training / count:10.2%}")
+    return "\n".join(lines)
