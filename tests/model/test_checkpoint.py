@@ -348,3 +348,15 @@ def test_a_shard_without_its_format_note(broken):
     path = broken / SECOND
     save_file(load_file(path), path)
     assert load(broken).config.memaug_depth == 4
+
+
+def test_a_repository_in_the_hubs_cache(tmp_path, tensors):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    place = tmp_path / "models--jylins--narrow"
+    write_checkpoint(place / "snapshots" / commit, tensors, FLAT)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(commit)
+    hub = {"cache_dir": tmp_path, "local_files_only": True}
+    assert torch.equal(load("jylins/narrow", **hub).model.image_newline, tensors["model.image_newline"])
+    with pytest.raises(ModelError, match="jylins/absent: there is no such model"):
+        load("jylins/absent", **hub)
