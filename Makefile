@@ -12,8 +12,10 @@ export PATH := $(abspath $(BIN)):$(PATH)
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
+BENCHMARKS := benchmarks/ops/*.py benchmarks/scaling.py -q --benchmark-disable-gc --benchmark-columns=median,rounds
+
 .DELETE_ON_ERROR:
-.PHONY: demo test setup lint bench clean
+.PHONY: demo test setup lint bench bench-full clean
 
 demo: setup
 	@$(BIN)/python -m hourllava.demo
@@ -27,8 +29,12 @@ lint: setup
 	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
 	$(BIN)/mypy
 
+# About five minutes; every shape and length takes the better part of an hour.
 bench: setup
-	$(BIN)/python -m pytest benchmarks/ops/*.py --benchmark-only
+	$(BIN)/python -m pytest $(BENCHMARKS) --benchmark-max-time=0.5 --benchmark-min-rounds=3
+
+bench-full: setup
+	$(BIN)/python -m pytest $(BENCHMARKS) --full
 
 setup: $(VENV)/.installed
 

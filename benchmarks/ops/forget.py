@@ -1,37 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Queries of a ten-minute memory, forward and with backward: `pytest benchmarks/ops/forget.py`."""
+"""The queries of a ten-minute memory, beside the original's order: draw and gather for all frames, then drop frames."""
 
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from benchmarks.suite import DTYPES, OURS, SHAPES, Bench, Shape, Work, grad, size_of, tolerance
 from hourllava_ext import forget, reference
 
-WAYS = {"hourllava": forget, "torch": reference.forget}
+FRAMES, PATCHES, KEPT = 600, 64, 16
 
 
-def make(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    tokens = torch.randn(600, 64, 512, dtype=dtype, requires_grad=True)
-    frames = torch.linspace(0, 599, 150).long()
-    return tokens, frames, torch.rand(150, 64).topk(16).indices, torch.randn(512, dtype=dtype, requires_grad=True)
+def original(tokens: Tensor, frames: Tensor, draws: Tensor, newline: Tensor) -> Tensor:
+    """Choose and gather patches of every frame, and only then keep a quarter of the frames."""
+    chosen = draws.topk(KEPT, dim=1).indices.sort(dim=1).values
+    sampled = tokens.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[-1]))
+    return torch.cat([sampled, newline.expand(FRAMES, 1, -1)], dim=1)[frames]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("way", WAYS)
-def bench_forget(benchmark: Callable, way: str, dtype: torch.dtype) -> None:
-    args = make(dtype)
-    torch.testing.assert_close(forget(*args), reference.forget(*args), rtol=0, atol=0)
-    benchmark(WAYS[way], *args)
+def make(step: str, shape: Shape, dtype: torch.dtype) -> Bench:
+    backward = step == "backward"
+    tokens = torch.randn(FRAMES, PATCHES, shape.width).to(dtype).requires_grad_(backward)
+    newline = torch.randn(shape.width).to(dtype).requires_grad_(backward)
+    frames, draws = torch.linspace(0, FRAMES - 1, FRAMES // 4).long(), torch.rand(FRAMES, PATCHES)
+    args = tokens, frames, draws.topk(KEPT, dim=1).indices.sort(dim=1).values[frames], newline
+    ways = {
+        OURS: lambda: forget(*args)[0],
+        "reference": lambda: reference.forget(*args)[0],
+        "original": lambda: original(tokens, frames, draws, newline),
+    }
+    if backward:
+        ways = {name: grad(way, [tokens, newline]) for name, way in ways.items()}
+    kept = len(frames) * (KEPT + 1) * shape.width * tokens.element_size()
+    work = Work(bytes=kept + (size_of(tokens) if backward else kept))
+    return Bench("forget", step, shape.name, dtype, work, ways, tolerance(dtype, 256) if backward else 0.0)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def bench_forget_backward(benchmark: Callable, way: str) -> None:
-    tokens, frames, patches, newline = make(torch.float32)
-    grad = torch.randn(150, 17, 512)
-
-    def gradients(op: Callable) -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(op(tokens, frames, patches, newline)[0], (tokens, newline), grad)
-
-    torch.testing.assert_close(gradients(forget), gradients(reference.forget), rtol=1e-5, atol=1e-4)
-    benchmark(gradients, WAYS[way])
+@pytest.mark.parametrize("way", [OURS, "reference", "original"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("step", ["forward", "backward"])
+def bench_forget(benchmark: Any, step: str, shape: Shape, dtype: torch.dtype, way: str) -> None:
+    make(step, shape, dtype).run(benchmark, way)

@@ -1,31 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Four parts of 2048 queries of 16 heads to one: `pytest benchmarks/ops/merge_attention.py`."""
+"""Four parts of 1024 queries to one."""
 
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.suite import DTYPES, OURS, SHAPES, Bench, Shape, Work, grad, size_of, tolerance
 from hourllava_ext import merge_attention, reference
 
-WAYS = {"hourllava": merge_attention, "torch": reference.merge_attention}
+PARTS, TOKENS = 4, 1024
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("way", WAYS)
-def bench_merge_attention(benchmark: Callable, way: str, dtype: torch.dtype) -> None:
-    out, lse = torch.randn(4, 2048, 16, 128, dtype=dtype), torch.randn(4, 16, 2048)
-    torch.testing.assert_close(merge_attention(out, lse), reference.merge_attention(out, lse))
-    benchmark(WAYS[way], out, lse)
+def make(step: str, shape: Shape, dtype: torch.dtype) -> Bench:
+    backward, heads = step == "backward", shape.heads[0]
+    out = torch.randn(PARTS, TOKENS, heads, shape.head_dim).to(dtype).requires_grad_(backward)
+    lse = torch.randn(PARTS, heads, TOKENS, requires_grad=backward)
+    ways = {OURS: lambda: merge_attention(out, lse), "reference": lambda: reference.merge_attention(out, lse)}
+    if backward:
+        ways = {name: grad(way, [out, lse]) for name, way in ways.items()}
+    moved = size_of(out) * (2 if backward else 1) + size_of(out) / PARTS
+    return Bench("merge_attention", step, shape.name, dtype, Work(bytes=moved), ways, tolerance(dtype, 64))
 
 
-@pytest.mark.parametrize("way", WAYS)
-def bench_merge_attention_backward(benchmark: Callable, way: str) -> None:
-    out, lse = torch.randn(4, 512, 16, 128, requires_grad=True), torch.randn(4, 16, 512, requires_grad=True)
-    grads = torch.randn(512, 16, 128), torch.randn(16, 512)
-
-    def gradients(op: Callable) -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(op(out, lse), (out, lse), grads)
-
-    torch.testing.assert_close(gradients(merge_attention), gradients(reference.merge_attention), rtol=1e-4, atol=1e-4)
-    benchmark(gradients, WAYS[way])
+@pytest.mark.parametrize("way", [OURS, "reference"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("step", ["forward", "backward"])
+def bench_merge_attention(benchmark: Any, step: str, shape: Shape, dtype: torch.dtype, way: str) -> None:
+    make(step, shape, dtype).run(benchmark, way)

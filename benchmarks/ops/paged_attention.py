@@ -1,95 +1,75 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention to a paged memory, forward and backward, beside torch on contiguous keys.
-
-`pytest benchmarks/ops/paged_attention.py`. Torch gets keys that are already gathered, rotated and repeated for the
-group, none of which is timed.
-"""
+"""Attention to a minute of memory, beside torch on keys that are gathered, rotated and repeated beforehand, untimed."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.suite import DTYPES, OURS, PAGE, SHAPES, Bench, Shape, Work, flat, frequencies, grad, size_of, tolerance
 from hourllava_ext import paged_attention, reference
 
-PAGE = 128
+QUERIES, PAGES = 512, 31
 
 
-class Case(NamedTuple):
-    batch: int
-    queries: int
-    pages: int
-    heads: tuple[int, int]
-    width: int
-    dtype: torch.dtype = torch.float32
+def make(step: str, shape: Shape, dtype: torch.dtype, pages: int = PAGES) -> Bench:
+    backward, (query_heads, key_heads), width = step == "backward", shape.heads, shape.head_dim
+    query = torch.randn(QUERIES, query_heads, width).to(dtype).requires_grad_(backward)
+    pools = [torch.randn(pages, key_heads, PAGE, width).to(dtype).requires_grad_(backward) for _ in range(2)]
+    table = torch.randperm(pages).to(torch.int32)[None]
+    places = torch.randint(0, pages * PAGE, (QUERIES,)), torch.tensor([0, QUERIES]), frequencies(width)
+    args = [query, *pools, table, torch.full((pages,), PAGE, dtype=torch.int32), *places]
+
+    turned = reference.rope(query.detach(), places[0], places[2]).transpose(0, 1)
+    rows = [p.detach()[table[0].long()].transpose(1, 2).flatten(0, 1).transpose(0, 1) for p in pools]
+    wide = [r.repeat_interleave(query_heads // key_heads, 0) for r in rows]
+    gathered = [t[None].contiguous().requires_grad_(backward) for t in (turned, *wide)]
+
+    ways: dict[str, Callable[[], Any]] = {
+        OURS: lambda: paged_attention(*args)[0],
+        "torch": lambda: scaled_dot_product_attention(*gathered)[0].transpose(0, 1),
+        "reference": lambda: reference.paged_attention(*args)[0],
+    }
+    agree: dict[str, Callable[[], Any]] = {}
+    flop = 4.0 * QUERIES * query_heads * pages * PAGE * width
+    if backward:
+        leaves = {OURS: args[:3], "torch": gathered, "reference": args[:3]}
+        ways = {name: grad(way, leaves[name]) for name, way in ways.items()}
+        # Torch's gradients are those of rotated queries and repeated keys: theirs are ours by another route.
+        agree = {name: lambda name=name: in_pages(flat(ways[name]()), args, name) for name in ways}
+    work = Work(bytes=size_of(query, query, *pools), flop=flop * (2.5 if backward else 1))
+    scale = 64.0 if backward else 16.0
+    return Bench("paged_attention", step, shape.name, dtype, work, ways, tolerance(dtype, scale), agree)
 
 
-CASES = {
-    "an hour, tiny model": Case(1, 550, 1829, (2, 1), 48),
-    "training, tiny model": Case(8, 564, 65, (2, 1), 48),
-    "a minute, 3B shape": Case(1, 512, 31, (16, 2), 128),
-}
+def in_pages(gradients: list[Tensor], args: list[Tensor], way: str) -> list[Tensor]:
+    """Gradients of query and pages, from those of torch's rotated queries and repeated rows."""
+    if way != "torch":
+        return gradients
+    query, keys, _, table, _, positions, _, inv_freq = args
+    pages, heads, size, width = keys.shape
+    back = reference.rope(gradients[0][0].transpose(0, 1), positions, inv_freq, inverse=True)
+    pools = []
+    for rows in gradients[1:]:
+        summed = rows[0].float().view(heads, -1, pages, size, width).sum(1).transpose(0, 1)
+        pools.append(torch.empty_like(summed).index_copy_(0, table[0].long(), summed))
+    return [back.view_as(query), *pools]
 
 
-class Inputs(NamedTuple):
-    ours: list[Tensor]
-    gathered: list[Tensor]  # query, key, value (B, Hq, rows, D)
+@pytest.mark.parametrize("way", [OURS, "torch", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("step", ["forward", "backward"])
+def bench_paged_attention(benchmark: Any, step: str, shape: Shape, dtype: torch.dtype, way: str) -> None:
+    make(step, shape, dtype).run(benchmark, way)
 
 
-def make(case: Case) -> Inputs:
-    batch, queries, pages, (query_heads, key_heads), width, dtype = case
-    pool = (batch * pages, key_heads, PAGE, width)
-    query = torch.randn(batch * queries, query_heads, width, dtype=dtype, requires_grad=True)
-    key, value = (torch.randn(pool, dtype=dtype, requires_grad=True) for _ in range(2))
-    table = torch.randperm(batch * pages).to(torch.int32).view(batch, pages)
-    lengths = torch.full((batch * pages,), PAGE, dtype=torch.int32)
-    positions = torch.randint(0, pages * PAGE, (len(query),))
-    inv_freq = 10000.0 ** -(torch.arange(width // 4) / (width // 4))
-    ours = [query, key, value, table, lengths, positions, torch.arange(batch + 1) * queries, inv_freq]
-    turned = reference.rope(query.detach(), positions, inv_freq).view(batch, queries, query_heads, width)
-    rows = [p.detach()[table].transpose(2, 3).flatten(1, 2).transpose(1, 2) for p in (key, value)]
-    wide = [r.repeat_interleave(query_heads // key_heads, 1) for r in rows]
-    return Inputs(ours, [t.contiguous().requires_grad_() for t in (turned.transpose(1, 2), *wide)])
-
-
-WAYS = {
-    "hourllava": lambda inputs: paged_attention(*inputs.ours)[0],
-    "torch": lambda inputs: scaled_dot_product_attention(*inputs.gathered),
-}
-
-
-def agree(case: Case, inputs: Inputs) -> None:
-    batch, queries, _, (query_heads, _), width, dtype = case
-    ours, torchs = (way(inputs).detach() for way in WAYS.values())
-    same = ours.view(batch, queries, query_heads, width).transpose(1, 2)
-    torch.testing.assert_close(same, torchs, rtol=0, atol=16 * torch.finfo(dtype).eps)
-
-
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
-def bench_forward(benchmark: Callable, case: Case, way: str) -> None:
-    inputs = make(case)
-    agree(case, inputs)
-    with torch.no_grad():
-        benchmark(WAYS[way], inputs)
-
-
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
-def bench_backward(benchmark: Callable, case: Case, way: str) -> None:
-    inputs = make(case)
-    out = WAYS[way](inputs)
-    leaves = inputs.ours[:3] if way == "hourllava" else inputs.gathered
-    benchmark(lambda: torch.autograd.grad(out, leaves, torch.ones_like(out), retain_graph=True))
-
-
-@pytest.mark.parametrize("part", [1, 16])
-def bench_part_of_the_pages(benchmark: Callable, part: int) -> None:
-    """The whole memory of an hour, and the 1/16 that retrieval would list."""
-    *tensors, table, lengths, positions, cu_seqlens, inv_freq = make(CASES["an hour, tiny model"]).ours
-    table = table[:, : table.shape[1] // part]
-    with torch.no_grad():
-        benchmark(paged_attention, *tensors, table, lengths, positions, cu_seqlens, inv_freq)
+@pytest.mark.parametrize("pages", [16, 256])
+def bench_part_of_the_pages(benchmark: Any, pages: int) -> None:
+    """Eight minutes of memory, and the 1/16 that retrieval would list."""
+    case = make("forward", SHAPES[0], torch.bfloat16, pages)
+    case.shape += f", {pages} pages"
+    case.run(benchmark, OURS)

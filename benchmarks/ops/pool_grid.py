@@ -1,28 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""27 x 27 patches of 32 frames to 8 x 8, forward and with backward: `pytest benchmarks/ops/pool_grid.py`."""
+"""The patches of 48 frames pooled to 8 x 8, beside torch's interpolation."""
 
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from benchmarks.suite import DTYPES, OURS, SHAPES, Bench, Shape, Work, grad, size_of, tolerance
 from hourllava_ext import pool_grid, reference
 
-WAYS = {"hourllava": pool_grid, "torch": reference.pool_grid}
+FRAMES, GRID = 48, 8
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("way", WAYS)
-def bench_pool_grid(benchmark: Callable, way: str, dtype: torch.dtype) -> None:
-    patches = torch.randn(32, 729, 1152, dtype=dtype)
-    torch.testing.assert_close(pool_grid(patches, 8), reference.pool_grid(patches, 8))
-    benchmark(WAYS[way], patches, 8)
+def interpolate(patches: Tensor, side: int) -> Tensor:
+    """The original's way: channels first, interpolated, channels last again."""
+    image = patches.view(FRAMES, side, side, -1).permute(0, 3, 1, 2)
+    return F.interpolate(image, size=(GRID, GRID), mode="bilinear").permute(0, 2, 3, 1).flatten(1, 2)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def bench_pool_grid_backward(benchmark: Callable, way: str) -> None:
-    patches = torch.randn(8, 729, 1152, requires_grad=True)
-    grad = torch.randn(8, 64, 1152)
-    ours, torchs = (torch.autograd.grad(w(patches, 8), patches, grad)[0] for w in WAYS.values())
-    torch.testing.assert_close(ours, torchs)
-    benchmark(lambda: torch.autograd.grad(WAYS[way](patches, 8), patches, grad))
+def make(step: str, shape: Shape, dtype: torch.dtype) -> Bench:
+    patches = torch.randn(FRAMES, shape.side**2, shape.vision).to(dtype).requires_grad_(step == "backward")
+    ways = {
+        OURS: lambda: pool_grid(patches, GRID),
+        "reference": lambda: reference.pool_grid(patches, GRID),
+        "original": lambda: interpolate(patches, shape.side),
+    }
+    if step == "backward":
+        ways = {name: grad(way, [patches]) for name, way in ways.items()}
+    # Four taps a cell are read and one written; the backward writes every patch.
+    pooled = size_of(patches) * GRID**2 / shape.side**2
+    read = min(4 * pooled, size_of(patches))
+    moved = pooled + (size_of(patches) if step == "backward" else read)
+    return Bench("pool_grid", step, shape.name, dtype, Work(bytes=moved), ways, tolerance(dtype))
+
+
+@pytest.mark.parametrize("way", [OURS, "reference", "original"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("step", ["forward", "backward"])
+def bench_pool_grid(benchmark: Any, step: str, shape: Shape, dtype: torch.dtype, way: str) -> None:
+    make(step, shape, dtype).run(benchmark, way)

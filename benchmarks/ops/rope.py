@@ -1,22 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Partial rotary of 1024 tokens of 16 heads: `pytest benchmarks/ops/rope.py`."""
+"""Partial rotary of the queries of a minute, at places strewn over an hour."""
 
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.suite import DTYPES, OURS, SHAPES, Bench, Shape, Work, frequencies, grad, size_of, tolerance
 from hourllava_ext import reference, rope
 
-WAYS = {"hourllava": rope, "torch": reference.rope}
+TOKENS = 4096
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("way", WAYS)
-def bench_rope(benchmark: Callable, way: str, dtype: torch.dtype) -> None:
-    x = torch.randn(1024, 16, 128, dtype=dtype)
-    position_ids = torch.randperm(234_000)[:1024]
-    inv_freq = 10000.0 ** -(torch.arange(32) / 32)
-    args = x, position_ids, inv_freq
-    torch.testing.assert_close(rope(*args), reference.rope(*args), rtol=0, atol=8 * torch.finfo(dtype).eps)
-    benchmark(WAYS[way], *args)
+def make(step: str, shape: Shape, dtype: torch.dtype) -> Bench:
+    x = torch.randn(TOKENS, shape.heads[0], shape.head_dim).to(dtype).requires_grad_(step == "backward")
+    args = x, torch.randperm(234_000)[:TOKENS], frequencies(shape.head_dim)
+    ways = {OURS: lambda: rope(*args), "reference": lambda: reference.rope(*args)}
+    if step == "backward":
+        ways = {name: grad(way, [x]) for name, way in ways.items()}
+    return Bench("rope", step, shape.name, dtype, Work(bytes=2 * size_of(x)), ways, tolerance(dtype, 64))
+
+
+@pytest.mark.parametrize("way", [OURS, "reference"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("step", ["forward", "backward"])
+def bench_rope(benchmark: Any, step: str, shape: Shape, dtype: torch.dtype, way: str) -> None:
+    make(step, shape, dtype).run(benchmark, way)

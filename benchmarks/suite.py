@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every benchmark of an operator is made of: shapes, peers, the work that is counted, and what the machine can do.
+
+A result never appears when the values disagree: each benchmark first holds its own way to the reference's numbers.
+"""
+
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hourllava_ext import library
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = 128
+OURS = "hourllava"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What an operator sees of a model."""
+
+    name: str
+    heads: tuple[int, int]  # of queries, of keys
+    head_dim: int
+    width: int  # of a token
+    vision: int  # of a patch
+    side: int  # patches along one side of a frame
+
+
+SHAPES = [
+    Shape("3B", (16, 2), 128, 2048, 1152, 27),
+    Shape("7B", (28, 4), 128, 3584, 1152, 27),
+    Shape("tiny", (2, 1), 48, 96, 96, 8),
+]
+DTYPES = [torch.bfloat16, torch.float32]
+
+
+@dataclass
+class Work:
+    """What one call must do at the least; a rate is this over the time, and a bound of the machine over that."""
+
+    bytes: float = 0.0
+    flop: float = 0.0
+
+
+@dataclass
+class Bench:
+    """One operator, pass and shape, and the ways to compute it; the first way is ours."""
+
+    op: str
+    step: str  # "forward" or "backward"
+    shape: str
+    dtype: torch.dtype
+    work: Work
+    ways: dict[str, Callable[[], Any]]
+    tolerance: float = 0.0
+    agree: dict[str, Callable[[], Any]] = field(default_factory=dict)  # where a way's result needs another layout
+
+    def run(self, benchmark: Any, way: str) -> None:
+        """Compare this way with ours, then time it.
+
+        Raises:
+            AssertionError: the values differ by more than the tolerance.
+        """
+        ours, theirs = (flat(self.agree.get(name, self.ways[name])()) for name in (OURS, way))
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(other.double(), mine.double(), rtol=0, atol=self.tolerance)
+        benchmark.group = f"{self.op} {self.step}, {self.shape}, {str(self.dtype).removeprefix('torch.')}"
+        benchmark.extra_info.update(
+            op=self.op,
+            step=self.step,
+            shape=self.shape,
+            dtype=str(self.dtype).removeprefix("torch."),
+            way=way,
+            bytes=self.work.bytes,
+            flop=self.work.flop,
+            threads=torch.get_num_threads(),
+        )
+        benchmark(self.ways[way])
+
+
+def flat(result: Any) -> list[Tensor]:
+    """The tensors of a result."""
+    return [result] if isinstance(result, Tensor) else [t for t in result if isinstance(t, Tensor)]
+
+
+def size_of(*tensors: Tensor) -> float:
+    """Bytes that reading or writing these takes."""
+    return float(sum(t.numel() * t.element_size() for t in tensors))
+
+
+def grad(function: Callable[[], Any], leaves: Sequence[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+    """The backward of a function that is computed once: what to time for a step backward."""
+    outputs = [o for o in flat(function()) if o.requires_grad]
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
+    return lambda: torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True)
+
+
+def frequencies(head_dim: int) -> Tensor:
+    """(head_dim / 4,) float32: half of a head is rotated."""
+    return 10000.0 ** -(torch.arange(head_dim // 4) / (head_dim // 4))
+
+
+def tolerance(dtype: torch.dtype, scale: float = 16) -> float:
+    return scale * torch.finfo(dtype).eps
+
+
+def rates() -> dict[str, float]:
+    """The machine's own rates: FLOP/s of torch's matrix product, bytes/s of a copy (read and written)."""
+    found = {}
+    for dtype in DTYPES:
+        a = torch.randn(2048, 2048).to(dtype)
+        found[f"gemm_{str(dtype).removeprefix('torch.')}"] = 2 * 2048**3 / _seconds(lambda a=a: a @ a)
+    source = torch.zeros(2**26)
+    target = torch.zeros_like(source)
+    found["copy"] = 2 * size_of(source) / _seconds(lambda: target.copy_(source))
+    return found
+
+
+def _seconds(function: Callable[[], Any], times: int = 9) -> float:
+    function()
+    taken = []
+    for _ in range(times):
+        begin = time.perf_counter()
+        function()
+        taken.append(time.perf_counter() - begin)
+    return median(taken)
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what the numbers were made."""
+    info = Path("/proc/cpuinfo")
+    names = (
+        [n.split(":")[1].strip() for n in info.read_text().splitlines() if "model name" in n] if info.exists() else []
+    )
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "tier": library.build_info()["cpu_tier"],
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "hourllava": version("hourllava"),
+        "commit": commit.stdout.strip(),
+    }
