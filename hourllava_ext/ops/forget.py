@@ -20,7 +20,7 @@ def forget(tokens: Tensor, frames: Tensor, patches: Tensor, newline: Tensor) -> 
         The kept tokens (n, k + 1, C), dtype of ``tokens``, and their position ids (n, k + 1) int64.
 
     Raises:
-        RuntimeError: An index is out of range, or a shape or dtype differs from the above.
+        RuntimeError: A shape or dtype differs from the above, or on the CPU an index is out of range.
 
     Source: spatial and temporal forgetting of Hour-LLaVA, https://arxiv.org/abs/2506.05332.
     """

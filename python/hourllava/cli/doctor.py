@@ -76,10 +76,15 @@ def _operators() -> list[Finding]:
         Finding(
             "CPU kernels", None if dead else f"{', '.join(operators)}; instruction set {info['cpu_tier']}", REINSTALL
         ),
-        Finding(
-            "CUDA kernels", ", ".join(kernels["CUDA"]) or None, "not written yet, the CPU does the work", needed=False
-        ),
+        _cuda_kernels(info["cuda"], kernels["CUDA"]),
     ]
+
+
+def _cuda_kernels(built: bool, live: list[str]) -> Finding:
+    """Which operators run on a GPU, and whose kernels they have; none of a torch that knows no GPU."""
+    todo = "a torch built for CUDA or ROCm, and its triton; where nvcc is, pip install builds the C++ kernels too"
+    who = "C++ where written, else Triton" if built else "Triton"
+    return Finding("CUDA kernels", f"{', '.join(live)} ({who})" if live else None, todo, needed=False)
 
 
 def _codecs() -> list[Finding]:

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU kernels compile for GPUs that are not here, and fit into their shared memory."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# Shared memory that one program may have, in bytes, by target.
+SHARED = {"cuda:80:32": 166912, "cuda:90:32": 232448, "cuda:100:32": 232448, "hip:gfx942:64": 65536}
+CASES = [(target, "bfloat16") for target in SHARED] + [("cuda:90:32", "float32")]
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="NO TRITON: its kernels are NOT COMPILED; pip install triton")
+@pytest.mark.parametrize(("target", "dtype"), CASES)
+def test_triton(target: str, dtype: str) -> None:
+    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = [sys.executable, str(Path(__file__).with_name("compile_kernels.py")), target, dtype]
+    done = subprocess.run(script, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    compiled = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len({c["kernel"] for c in compiled}) == 20
+    assert [c for c in compiled if c["shared"] > SHARED[target]] == []
+    assert all(c["bytes"] > 0 for c in compiled)
+    if dtype == "bfloat16" and target in ("cuda:90:32", "hip:gfx942:64"):
+        attention = {"_attend", "_mass", "_page_gradients", "_query_gradients"}
+        assert {c["kernel"].split(".")[-1] for c in compiled if c["tensor_cores"]} >= attention
+
+
+NVCC = shutil.which("nvcc")
+ARCHITECTURES = ["80", "90a", "100a", "120"]
+
+
+@pytest.mark.skipif(NVCC is None, reason="NO NVCC: the CUDA kernels are NOT COMPILED; install the CUDA toolkit")
+@pytest.mark.parametrize("source", sorted(p.name for p in (ROOT / "csrc/cuda").glob("*.cu")))
+def test_cuda(tmp_path: Path, source: str) -> None:
+    """nvcc alone, without a header of torch, is all that a kernel needs."""
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    flags = ["-std=c++17", "-O3", "-Werror=all-warnings", f"-I{ROOT / 'csrc'}", *targets, "--threads=2"]
+    built = tmp_path / "kernel.o"
+    command = [str(NVCC), *flags, "-c", str(ROOT / "csrc/cuda" / source), "-o", str(built)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all(f"sm_{a}".encode() in built.read_bytes() for a in ARCHITECTURES)
