@@ -291,7 +291,8 @@ def test_one_call_may_forget_otherwise(model):
     assert not torch.equal(model(**arguments, frame_picks=[frames + (frames < 39)]).logits, plain)
 
 
-def test_gradient_checkpointing_changes_no_gradient():
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(reentrant):
     model = make_model().train()
     ids, labels, _ = make_sample(1, 1)
     arguments = {"labels": labels[None], "pixel_values": [torch.rand(6, 3, 64, 64)]}
@@ -302,11 +303,12 @@ def test_gradient_checkpointing_changes_no_gradient():
     gradients = []
     for checkpoints in (False, True):
         if checkpoints:
-            model.gradient_checkpointing_enable()
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.zero_grad()
         model(ids[None], **arguments).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert (passes.count("memaug"), passes.count("decoder")) == (2 + 4, 1 + 2)
+    assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 

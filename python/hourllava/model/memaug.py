@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """MemAug: a video's kept tokens and the question's text look at each other, then at the whole memory (SPEC A.5)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -108,11 +108,22 @@ class Block(GradientCheckpointingLayer):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
 
     def forward(
-        self, x: Tensor, stream: QueryStream, inv_freq: Tensor, pages: MemoryPages | None, use: MemoryUse
+        self,
+        x: Tensor,
+        key_pages: Tensor,
+        value_pages: Tensor,
+        stream: QueryStream,
+        inv_freq: Tensor,
+        pages: MemoryPages,
+        use: MemoryUse,
     ) -> tuple[Tensor, Tensor | None]:
+        """`key_pages` and `value_pages` are those of `pages`: what gradients flow through must be an argument itself,
+        or reentrant checkpointing does not see it.
+        """
         page_mass = None
         x = self.norm1(x + self.self_attn(x, stream, inv_freq))
-        if pages is not None:
+        if use.use_memory:
+            pages = replace(pages, key_pages=key_pages, value_pages=value_pages)
             attended, _, page_mass = self.cross_attn(x, stream, inv_freq, pages, use)
             x = x + attended
         x = self.norm2(x)
@@ -153,8 +164,8 @@ class MemAug(nn.Module):
         """
         inv_freq = rotary_frequencies(self.config, x.device)
         masses = []
-        for index, block in enumerate(self.blocks):
-            x, page_mass = block(x, stream, inv_freq, pages[index] if use.use_memory else None, use)
+        for block, own in zip(self.blocks, pages, strict=True):
+            x, page_mass = block(x, own.key_pages, own.value_pages, stream, inv_freq, own, use)
             masses.append(page_mass)
         return x, None if masses[0] is None else torch.stack(masses).mean(0)
 
