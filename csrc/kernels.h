@@ -8,6 +8,9 @@
 
 namespace hourllava_ext {
 
+struct float16 {
+    uint16_t bits;
+};
 struct bfloat16 {
     uint16_t bits;
 };
@@ -38,6 +41,7 @@ struct PoolGridParams {
 };
 void pool_grid_cpu(const PoolGridParams<float>&);
 void pool_grid_cpu(const PoolGridParams<double>&);
+void pool_grid_cpu(const PoolGridParams<float16>&);
 void pool_grid_cpu(const PoolGridParams<bfloat16>&);
 
 template <class T>
@@ -51,6 +55,7 @@ struct PoolGridBackwardParams {
 };
 void pool_grid_backward_cpu(const PoolGridBackwardParams<float>&);
 void pool_grid_backward_cpu(const PoolGridBackwardParams<double>&);
+void pool_grid_backward_cpu(const PoolGridBackwardParams<float16>&);
 void pool_grid_backward_cpu(const PoolGridBackwardParams<bfloat16>&);
 
 template <class T>
@@ -64,6 +69,7 @@ struct KeyframeScoreParams {
 };
 void keyframe_score_cpu(const KeyframeScoreParams<float>&);
 void keyframe_score_cpu(const KeyframeScoreParams<double>&);
+void keyframe_score_cpu(const KeyframeScoreParams<float16>&);
 void keyframe_score_cpu(const KeyframeScoreParams<bfloat16>&);
 
 template <class T>
@@ -81,6 +87,7 @@ struct ForgetParams {
 };
 void forget_cpu(const ForgetParams<float>&);
 void forget_cpu(const ForgetParams<double>&);
+void forget_cpu(const ForgetParams<float16>&);
 void forget_cpu(const ForgetParams<bfloat16>&);
 
 template <class T>
@@ -98,6 +105,7 @@ struct ForgetBackwardParams {
 };
 void forget_backward_cpu(const ForgetBackwardParams<float>&);
 void forget_backward_cpu(const ForgetBackwardParams<double>&);
+void forget_backward_cpu(const ForgetBackwardParams<float16>&);
 void forget_backward_cpu(const ForgetBackwardParams<bfloat16>&);
 
 template <class T>
@@ -116,6 +124,7 @@ struct RopeParams {
 };
 void rope_cpu(const RopeParams<float>&);
 void rope_cpu(const RopeParams<double>&);
+void rope_cpu(const RopeParams<float16>&);
 void rope_cpu(const RopeParams<bfloat16>&);
 
 template <class T>
@@ -131,6 +140,7 @@ struct MergeAttentionParams {
 };
 void merge_attention_cpu(const MergeAttentionParams<float>&);
 void merge_attention_cpu(const MergeAttentionParams<double>&);
+void merge_attention_cpu(const MergeAttentionParams<float16>&);
 void merge_attention_cpu(const MergeAttentionParams<bfloat16>&);
 
 template <class T>
@@ -148,6 +158,7 @@ struct MergeAttentionBackwardParams {
 };
 void merge_attention_backward_cpu(const MergeAttentionBackwardParams<float>&);
 void merge_attention_backward_cpu(const MergeAttentionBackwardParams<double>&);
+void merge_attention_backward_cpu(const MergeAttentionBackwardParams<float16>&);
 void merge_attention_backward_cpu(const MergeAttentionBackwardParams<bfloat16>&);
 
 template <class T>
@@ -173,10 +184,12 @@ struct PageWriteParams {
 };
 void page_write_cpu(const PageWriteParams<float>&);
 void page_write_cpu(const PageWriteParams<double>&);
+void page_write_cpu(const PageWriteParams<float16>&);
 void page_write_cpu(const PageWriteParams<bfloat16>&);
 // After page_write_cpu: the summaries of the touched pages.
 void page_write_summary_cpu(const PageWriteParams<float>&);
 void page_write_summary_cpu(const PageWriteParams<double>&);
+void page_write_summary_cpu(const PageWriteParams<float16>&);
 void page_write_summary_cpu(const PageWriteParams<bfloat16>&);
 
 template <class T>
@@ -196,6 +209,7 @@ struct PageWriteBackwardParams {
 };
 void page_write_backward_cpu(const PageWriteBackwardParams<float>&);
 void page_write_backward_cpu(const PageWriteBackwardParams<double>&);
+void page_write_backward_cpu(const PageWriteBackwardParams<float16>&);
 void page_write_backward_cpu(const PageWriteBackwardParams<bfloat16>&);
 
 template <class T>
@@ -221,6 +235,7 @@ struct RetrieveParams {
 };
 void retrieve_cpu(const RetrieveParams<float>&);
 void retrieve_cpu(const RetrieveParams<double>&);
+void retrieve_cpu(const RetrieveParams<float16>&);
 void retrieve_cpu(const RetrieveParams<bfloat16>&);
 
 template <class T>
@@ -250,6 +265,7 @@ struct PagedAttentionParams {
 };
 void paged_attention_cpu(const PagedAttentionParams<float>&);
 void paged_attention_cpu(const PagedAttentionParams<double>&);
+void paged_attention_cpu(const PagedAttentionParams<float16>&);
 void paged_attention_cpu(const PagedAttentionParams<bfloat16>&);
 
 template <class T>
@@ -263,6 +279,7 @@ struct PagedAttentionBackwardParams {
 };
 void paged_attention_backward_cpu(const PagedAttentionBackwardParams<float>&);
 void paged_attention_backward_cpu(const PagedAttentionBackwardParams<double>&);
+void paged_attention_backward_cpu(const PagedAttentionBackwardParams<float16>&);
 void paged_attention_backward_cpu(const PagedAttentionBackwardParams<bfloat16>&);
 
 }  // namespace hourllava_ext

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hourllava_ext import library
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 CPU_TIERS = ["portable", "avx2", "avx512", "avx512_bf16"]
 
 
@@ -73,8 +73,8 @@ def run(function: Callable[..., Any], args: Sequence[Any], exact: bool = False) 
     generator = torch.Generator().manual_seed(1)
     tracked, cotangents = [], []
     for output in outputs:
-        # bfloat16 numbers are exact in all three dtypes, so every run gets the same ones.
-        cotangent = torch.randn(output.shape, generator=generator).bfloat16()
+        # Numbers that are exact in every dtype, so every run gets the same ones.
+        cotangent = torch.randn(output.shape, generator=generator).bfloat16().half()
         if output.requires_grad:
             tracked.append(output)
             cotangents.append(cotangent.to(output.dtype))

@@ -130,7 +130,9 @@ struct PageRows {
         if constexpr (std::is_same_v<T, E>) {
             return at;
         } else {
-            for (int64_t i = 0; i < count * head_dim; ++i) space[i] = load<T>(at[i]);
+            for (int64_t i = 0; i < count * head_dim; i += kLanes<Tile, E>) {
+                store_vector(space + i, load_values<Tile>(at + i, count * head_dim - i));
+            }
             return space;
         }
     }

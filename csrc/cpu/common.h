@@ -9,9 +9,9 @@
 
 #include "cpu/tiers.h"
 
-#define FOR_EACH_DTYPE(X) X(float) X(double) X(bfloat16)
+#define FOR_EACH_DTYPE(X) X(float) X(double) X(float16) X(bfloat16)
 
-// Defines the launcher `name(const Params<T>&)` for the three dtypes. `body<T>(params, first, last)` computes the tasks
+// Defines the launcher `name(const Params<T>&)` for the four dtypes. `body<T>(params, first, last)` computes the tasks
 // [first, last) of `tasks` in all; each task owns its outputs, so the thread count cannot change a result. `work` is
 // the number of elements one task touches. Both are expressions of the parameters `p`.
 #define CPU_KERNEL(name, Params, body, tasks, work)                                                                \
@@ -27,6 +27,7 @@
     }                                                                                                              \
     void name(const Params<float>& p) { name##_launch(p); }                                                        \
     void name(const Params<double>& p) { name##_launch(p); }                                                       \
+    void name(const Params<float16>& p) { name##_launch(p); }                                                      \
     void name(const Params<bfloat16>& p) { name##_launch(p); }
 
 namespace hourllava_ext {
@@ -34,9 +35,25 @@ namespace hourllava_ext {
 // Tasks a thread takes at a time: below some thousand elements, waking another thread costs more than it saves.
 inline int64_t grain_of(int64_t work) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, work)); }
 
+// The bits of float16 as floats; F and U are float and uint32_t, or vectors of them. Plain arithmetic, so that a loop
+// of it vectorises on every tier.
+template <class F, class U>
+ALWAYS_INLINE F widen_float16(U bits) {
+    const U magnitude = bits & 0x7fffu, normal = (magnitude << 13) + (112u << 23);
+    // Subnormals count units of 2^-24, the last place of a half.
+    const U small = __builtin_bit_cast(U, __builtin_bit_cast(F, magnitude + 0x3f000000u) - 0.5f);
+    const U special = normal + (112u << 23);  // infinity and NaN
+    const U value = magnitude < 0x400u ? small : magnitude < 0x7c00u ? normal : special;
+    return __builtin_bit_cast(F, value | (bits & 0x8000u) << 16);
+}
+
 template <class T>
 ALWAYS_INLINE accumulate_t<T> load(T value) {
     return value;
+}
+template <>
+ALWAYS_INLINE float load(float16 value) {
+    return widen_float16<float, uint32_t>(value.bits);
 }
 template <>
 ALWAYS_INLINE float load(bfloat16 value) {
@@ -47,7 +64,17 @@ template <class T>
 ALWAYS_INLINE T store(accumulate_t<T> value) {
     return value;
 }
-// Round to nearest even; a NaN stays a NaN instead of being rounded up to infinity.
+// Both round to nearest even; a NaN stays a NaN instead of being rounded up to infinity.
+template <>
+ALWAYS_INLINE float16 store(float value) {
+    const uint32_t bits = std::bit_cast<uint32_t>(value), magnitude = bits & 0x7fffffffu;
+    const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    // Adding a half rounds to its last place, the unit of subnormals.
+    const uint32_t small = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+    const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+    const uint32_t rounded = magnitude < 0x38800000u ? small : magnitude < 0x47800000u ? normal : special;
+    return {static_cast<uint16_t>(rounded | ((bits >> 16) & 0x8000u))};
+}
 template <>
 ALWAYS_INLINE bfloat16 store(float value) {
     const uint32_t bits = std::bit_cast<uint32_t>(value);

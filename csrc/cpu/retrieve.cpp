@@ -182,6 +182,7 @@ void choose_pages(const RetrieveParams<T>& p) {
 
 void retrieve_cpu(const RetrieveParams<float>& p) { choose_pages(p); }
 void retrieve_cpu(const RetrieveParams<double>& p) { choose_pages(p); }
+void retrieve_cpu(const RetrieveParams<float16>& p) { choose_pages(p); }
 void retrieve_cpu(const RetrieveParams<bfloat16>& p) { choose_pages(p); }
 
 }  // namespace hourllava_ext

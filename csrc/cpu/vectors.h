@@ -169,6 +169,26 @@ ALWAYS_INLINE auto round_to_pairs(V first, V second) {
     return alternate_halves(halves, std::make_integer_sequence<int, kCount>{});
 }
 
+// A vector of stored values, converted.
+template <class Tile, class U>
+ALWAYS_INLINE auto widen(U stored, bfloat16) {
+    using wide = typename vector_types<uint32_t, Tile::bytes>::vector;
+    return __builtin_bit_cast(vector_t<Tile, float>, __builtin_convertvector(stored, wide) << 16);
+}
+template <class Tile, class U>
+ALWAYS_INLINE auto widen(U stored, float16) {
+    vector_t<Tile, float> v;
+#if defined(__x86_64__)
+    if constexpr (Tile::bytes > 16) {
+        asm("vcvtph2ps %1, %0" : "=v"(v) : "v"(stored));
+        return v;
+    }
+#endif
+    using wide = typename vector_types<uint32_t, Tile::bytes>::vector;
+    v = widen_float16<vector_t<Tile, float>>(__builtin_convertvector(stored, wide));
+    return v;
+}
+
 // Up to one vector of stored values, converted; lanes from `count` on are zero.
 template <class Tile, class T, class A = accumulate_t<T>>
 ALWAYS_INLINE vector_t<Tile, A> load_values(const T* p, int64_t count) {
@@ -178,8 +198,7 @@ ALWAYS_INLINE vector_t<Tile, A> load_values(const T* p, int64_t count) {
     } else if (count >= kLanes<Tile, A>) {
         typename vector_types<uint16_t, Tile::bytes / 2>::vector stored;
         std::memcpy(&stored, p, sizeof stored);
-        using wide = typename vector_types<uint32_t, Tile::bytes>::vector;
-        return __builtin_bit_cast(V, __builtin_convertvector(stored, wide) << 16);
+        return widen<Tile>(stored, T{});
     }
     V v{};
     for (int64_t i = 0; i < count; ++i) v[i] = load<T>(p[i]);

@@ -71,7 +71,7 @@ inline void check_same_dtype(const char* op, const char* name, const Tensor& ten
     check(tensor.scalar_type() == other.scalar_type(), op, ": ", name, " must have the dtype of ", other_name);
 }
 
-// float32 for float32 and bfloat16, float64 for float64: the dtype of sums and log-sum-exps.
+// float32 for float32, float16 and bfloat16, float64 for float64: the dtype of sums and log-sum-exps.
 inline ScalarType accumulate_dtype(const Tensor& tensor) {
     return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
@@ -112,10 +112,12 @@ void dispatch_dtype(const char* op, const char* name, const Tensor& tensor, cons
             return body(float{});
         case ScalarType::Double:
             return body(double{});
+        case ScalarType::Half:
+            return body(float16{});
         case ScalarType::BFloat16:
             return body(bfloat16{});
         default:
-            check(false, op, ": ", name, " must be float32, bfloat16 or float64; convert it with .to()");
+            check(false, op, ": ", name, " must be float32, float16, bfloat16 or float64; convert it with .to()");
     }
 }
 

@@ -11,7 +11,7 @@ def forget(tokens: Tensor, frames: Tensor, patches: Tensor, newline: Tensor) -> 
     gradients then add up, in a fixed order.
 
     Args:
-        tokens: The memory's visual tokens. (T, N, C) float32, bfloat16 or float64
+        tokens: The memory's visual tokens. (T, N, C) float32, float16, bfloat16 or float64
         frames: Kept frames, any order. (n,) int64 in [0, T)
         patches: Kept patches of each kept frame. (n, k) int64 in [0, N)
         newline: The newline token. (C,), dtype of ``tokens``

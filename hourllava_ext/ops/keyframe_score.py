@@ -10,8 +10,8 @@ def keyframe_score(features: Tensor, window: int = 9) -> Tensor:
     own window, and a lone frame scores 0. Costs T * window * C products, never a T x T matrix.
 
     Args:
-        features: One vector per frame, any length but zero (a zero vector has cosine 0). (T, C) float32, bfloat16 or
-            float64
+        features: One vector per frame, any length but zero (a zero vector has cosine 0). (T, C) float32, float16,
+            bfloat16 or float64
         window: Frames compared, the frame itself included; at least 1.
 
     Returns:

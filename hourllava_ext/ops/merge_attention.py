@@ -10,7 +10,7 @@ def merge_attention(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     nothing and its output is not read. A query that no part saw a key for gets output 0, log-sum-exp -inf, gradients 0.
 
     Args:
-        out: Outputs of the S parts. (S, M, H, D) float32, bfloat16 or float64
+        out: Outputs of the S parts. (S, M, H, D) float32, float16, bfloat16 or float64
         lse: Their log-sum-exps. (S, H, M) float32 (float64 for a float64 ``out``)
 
     Returns:

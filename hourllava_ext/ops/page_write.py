@@ -15,7 +15,7 @@ def page_write(
     """New pages that hold rotated keys, values, and a summary of each page; differentiable in ``key`` and ``value``.
 
     Args:
-        key: Keys, not yet rotated. (M, Hkv, D) float32, bfloat16 or float64; the last dim dense is fastest
+        key: Keys, not yet rotated. (M, Hkv, D) float32, float16, bfloat16 or float64; the last dim dense is fastest
         value: Values. (M, Hkv, D), dtype of ``key``
         position_ids: Place of each token in the memory. (M,) int64
         slots: ``page * page_size + row`` of each token, no two alike. (M,) int64

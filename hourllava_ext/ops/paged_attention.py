@@ -24,7 +24,7 @@ def paged_attention(
     rows are never read.
 
     Args:
-        query: Queries of all samples, one sample after the other. (M, Hq, D) float32, bfloat16 or float64;
+        query: Queries of all samples, one sample after the other. (M, Hq, D) float32, float16, bfloat16 or float64;
             D a multiple of 8 up to 256
         key_pages: Rotated keys. (P, Hkv, S, D), dtype of ``query``, Hq a multiple of Hkv
         value_pages: Values. (P, Hkv, S, D), dtype of ``query``

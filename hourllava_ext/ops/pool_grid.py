@@ -12,7 +12,7 @@ def pool_grid(patches: Tensor, grid: int) -> Tensor:
     cell reads the four patches nearest its centre whatever the ratio (no antialiasing), as the model was trained.
 
     Args:
-        patches: Vision features, row by row. (T, S * S, C) float32, bfloat16 or float64
+        patches: Vision features, row by row. (T, S * S, C) float32, float16, bfloat16 or float64
         grid: Cells along one side, at least 1.
 
     Returns:

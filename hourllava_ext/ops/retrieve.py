@@ -22,8 +22,8 @@ def retrieve(
     heads and the best pages stay. Empty pages never do; of equal pages the lower one wins. Not differentiable.
 
     Args:
-        query: Queries of all samples, one sample after the other, not yet rotated. (M, Hq, D) float32, bfloat16 or
-            float64
+        query: Queries of all samples, one sample after the other, not yet rotated. (M, Hq, D) float32, float16,
+            bfloat16 or float64
         position_ids: Place of each query in the memory. (M,) int64
         cu_seqlens: Sample ``b`` owns the queries ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``. (B + 1,) int64
         inv_freq: Radians per position of the first 2F dims of a head. (F,) float32, 2F <= D

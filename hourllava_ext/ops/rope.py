@@ -11,7 +11,7 @@ def rope(x: Tensor, position_ids: Tensor, inv_freq: Tensor, inverse: bool = Fals
     computed in float32 (float64 for float64), as MemAug's rotary layers were trained.
 
     Args:
-        x: Queries or keys. (M, H, D) float32, bfloat16 or float64; the last dim dense is fastest.
+        x: Queries or keys. (M, H, D) float32, float16, bfloat16 or float64; the last dim dense is fastest.
         position_ids: Place of each token in the whole memory, any order. (M,) int64
         inv_freq: Radians per position. (F,) float32, 2F <= D
         inverse: Turn back: ``rope(rope(x, p, f), p, f, inverse=True)`` is ``x`` up to rounding.

@@ -73,7 +73,7 @@ def one_process(ranks, dtype, inputs):
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_many_processes_are_one(ranks, dtype, tmp_path):
     multiprocessing.spawn(run_rank, (ranks, dtype, str(tmp_path)), nprocs=ranks)
     got = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]

@@ -291,11 +291,12 @@ def test_time_instruction_reaches_the_prompt(monkeypatch):
     assert asked[0].startswith("The video lasts for 6.00 seconds, and 6 frames")
 
 
-def test_bfloat16_model(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_model_in_half_precision(dtype, tmp_path):
     model, video = make_model(), make_frames(40)
     exact = model.ask(model.watch(video, progress=False), QUESTION)
-    memory = model.bfloat16().watch(video, progress=False)
-    assert memory.tokens.dtype == torch.bfloat16
+    memory = model.to(dtype).watch(video, progress=False)
+    assert memory.tokens.dtype == dtype
     memory.save(tmp_path / "film.memory")
     answer = model.ask(VideoMemory.load(tmp_path / "film.memory"), QUESTION)
     assert answer.mass.dtype == torch.float32

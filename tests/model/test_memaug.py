@@ -77,7 +77,7 @@ def test_block_by_the_book(lengths):
     torch.testing.assert_close(out, by_the_book(memaug, queries, stream, tokens, layout), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_error_rule(dtype):
     memaug, queries, stream, tokens, layout = make_case((40, 23), (50, 9), dtype)
     ours, _ = memaug(queries, stream, memaug.write(tokens, layout))

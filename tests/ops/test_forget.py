@@ -80,8 +80,8 @@ def test_bad_arguments() -> None:
         forget(tokens, frames, patches, newline[1:])
     with pytest.raises(RuntimeError, match="one row per kept frame, got 5 for 4 frames"):
         forget(tokens, frames[1:], patches, newline)
-    with pytest.raises(RuntimeError, match="tokens must be float32, bfloat16 or float64"):
-        forget(tokens.half(), frames, patches, newline.half())
+    with pytest.raises(RuntimeError, match="tokens must be float32, float16, bfloat16 or float64"):
+        forget(tokens.int(), frames, patches, newline.int())
 
 
 @pytest.mark.parametrize("bad", [-1, 5, 2**40])

@@ -1,7 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from tools import DTYPES, assert_compiles_fullgraph, assert_error_rule, assert_matches_reference, assert_repeatable
+from tools import (
+    CPU_TIERS,
+    DTYPES,
+    assert_compiles_fullgraph,
+    assert_error_rule,
+    assert_matches_reference,
+    assert_repeatable,
+    cpu_tier,
+)
 from torch import Tensor
 
 from hourllava_ext import merge_attention, reference
@@ -56,6 +64,18 @@ def test_empty_part_adds_nothing(dtype: torch.dtype) -> None:
     assert not grad_lse[1].any()
 
 
+@pytest.mark.parametrize("tier", CPU_TIERS[:-1])
+def test_every_float16(tier: str) -> None:
+    """Loading and rounding to nearest even, subnormals, infinities and NaN included: two numbers make their mean."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+    # The mean with a neighbour is a tie, with zero a smaller number, with any other sometimes far larger.
+    for other in (every, every.roll(1), torch.zeros_like(every), every[torch.randperm(len(every))]):
+        with cpu_tier(tier):
+            mean, _ = merge_attention(torch.stack([every, other]).view(2, 64, 1, 1024), torch.zeros(2, 1, 64))
+        expected = ((every.float() + other.float()) / 2).half()
+        torch.testing.assert_close(mean.flatten(), expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("parts", [0, 1, 3])
 def test_no_part_saw_a_key(parts: int) -> None:
     out, lse = make((parts, 4, 2, 8), torch.float32)
@@ -105,8 +125,8 @@ def test_bad_arguments() -> None:
         merge_attention(out, lse.double())
     with pytest.raises(RuntimeError, match="lse must be float32, or float64 for a float64 out"):
         merge_attention(out.bfloat16(), lse.bfloat16())
-    with pytest.raises(RuntimeError, match="out must be float32, bfloat16 or float64"):
-        merge_attention(out.half(), lse)
+    with pytest.raises(RuntimeError, match="out must be float32, float16, bfloat16 or float64"):
+        merge_attention(out.int(), lse)
 
 
 def test_bad_backward_arguments() -> None:

@@ -172,7 +172,7 @@ def test_bad_rows() -> None:
     error(r"key must be \(M, Hkv, D\), got shape \(37, 2\)", key=key[..., 0])
     error("value must have the shape of key", value=value[1:])
     error("value must have the dtype of key", value=value.bfloat16())
-    error("key must be float32, bfloat16 or float64", key=key.half(), value=value.half())
+    error("key must be float32, float16, bfloat16 or float64", key=key.int(), value=value.int())
     error(r"position_ids must be \(M,\)", position_ids=position_ids[None])
     error(r"slots must be \(M,\)", slots=slots[None])
     error(r"inv_freq must be \(F,\)", inv_freq=inv_freq[None])

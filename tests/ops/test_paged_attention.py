@@ -88,7 +88,7 @@ def test_reference(shape: Shape, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("tier", CPU_TIERS[:-1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", ODD[:7], ids=repr)
 def test_every_tier(shape: Shape, dtype: torch.dtype, tier: str) -> None:
     """The lesser machines' kernels; the other tests run the best that this one has."""
@@ -96,6 +96,18 @@ def test_every_tier(shape: Shape, dtype: torch.dtype, tier: str) -> None:
         args = clean(make(shape, dtype))
         assert_matches_reference(paged_attention, reference.paged_attention, *args)
         assert_repeatable(paged_attention, *args)
+
+
+@pytest.mark.parametrize("tier", CPU_TIERS[:-1])
+def test_every_float16_value(tier: str) -> None:
+    """A query that sees one key gets its value, whatever its bits."""
+    value = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16).view(256, 1, 1, 256)
+    each = torch.arange(256, dtype=torch.int32)
+    zeros = torch.zeros(256, 1, 256, dtype=torch.float16)
+    where = [each[:, None], torch.ones_like(each), each.long(), torch.arange(257), torch.ones(4)]
+    with cpu_tier(tier):
+        out, _ = paged_attention(zeros, zeros[:, :, None], value, *where)
+    torch.testing.assert_close(out, value[:, 0], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("width", [16, 32, 48, 64, 80, 96, 112, 128])
@@ -300,7 +312,10 @@ def test_bad_arguments() -> None:
     error("key_pages must have the dtype of query", key_pages=key.double())
     error("value_pages must have the dtype of query", value_pages=value.bfloat16())
     error(
-        "query must be float32, bfloat16 or float64", query=query.half(), key_pages=key.half(), value_pages=value.half()
+        "query must be float32, float16, bfloat16 or float64",
+        query=query.int(),
+        key_pages=key.int(),
+        value_pages=value.int(),
     )
     error("position_ids must have one entry per query, got 13 for 14", position_ids=positions[1:])
     error("page_lengths must have one entry per page, got 5 for 6", page_lengths=lengths[1:])

@@ -71,8 +71,8 @@ def test_bad_arguments() -> None:
         pool_grid(patches[:, :0], grid)
     with pytest.raises(RuntimeError, match="grid must be at least 1, got 0"):
         pool_grid(patches, 0)
-    with pytest.raises(RuntimeError, match="patches must be float32, bfloat16 or float64"):
-        pool_grid(patches.half(), grid)
+    with pytest.raises(RuntimeError, match="patches must be float32, float16, bfloat16 or float64"):
+        pool_grid(patches.int(), grid)
 
 
 def test_bad_backward_arguments() -> None:

@@ -138,7 +138,7 @@ def test_bad_arguments() -> None:
             retrieve(**(good | changed))
 
     error(r"query must be \(M, Hq, D\), got shape \(14, 2\)", query=query[..., 0])
-    error("query must be float32, bfloat16 or float64", query=query.half())
+    error("query must be float32, float16, bfloat16 or float64", query=query.int())
     error("position_ids must be int64", position_ids=where.int())
     error("position_ids must have one entry per query, got 13 for 14", position_ids=where[1:])
     error("inv_freq must be float32", inv_freq=inv_freq.double())

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from tools import DTYPES, assert_compiles_fullgraph, assert_matches_reference, assert_repeatable
+from tools import CPU_TIERS, DTYPES, assert_compiles_fullgraph, assert_matches_reference, assert_repeatable, cpu_tier
 from torch import Tensor
 
 from hourllava_ext import reference, rope
@@ -34,6 +34,16 @@ def test_strided_input(dtype: torch.dtype) -> None:
         torch.testing.assert_close(
             rope(x, position_ids, inv_freq), rope(x.contiguous(), position_ids, inv_freq), rtol=0, atol=0
         )
+
+
+@pytest.mark.parametrize("tier", CPU_TIERS[:-1])
+def test_float16_overflows_as_it_should(tier: str) -> None:
+    """65520 is halfway to what the next float16 would be, and becomes infinity; what lies below, the largest number."""
+    x, angles = torch.full((1, 1, 128), 65504, dtype=torch.float16), torch.linspace(0, 5e-4, 64)
+    with cpu_tier(tier):
+        out = rope(x, torch.ones(1, dtype=torch.int64), angles)
+    torch.testing.assert_close(out, reference.rope(x, torch.ones(1), angles), rtol=0, atol=0)
+    assert 0 < out.isinf().sum() < 64
 
 
 def test_inverse_returns() -> None:
@@ -78,5 +88,5 @@ def test_bad_arguments() -> None:
         rope(x, position_ids[1:], inv_freq)
     with pytest.raises(RuntimeError, match=r"rotates 2 \* 6 dims, but a head of x has 10"):
         rope(x, position_ids, torch.ones(6))
-    with pytest.raises(RuntimeError, match="x must be float32, bfloat16 or float64"):
-        rope(x.half(), position_ids, inv_freq)
+    with pytest.raises(RuntimeError, match="x must be float32, float16, bfloat16 or float64"):
+        rope(x.int(), position_ids, inv_freq)

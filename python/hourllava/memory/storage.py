@@ -18,7 +18,13 @@ from hourllava.errors import MemoryFileError
 
 FORMAT = "hourllava-memory-2"
 WATCH_AGAIN = "watch the video again to make a new one"
-DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.int8: "I8"}
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int8: "I8",
+}
 
 
 @dataclass(frozen=True)
