@@ -45,3 +45,15 @@ class QuestionError(HourLlavaError):
 
 class InputError(HourLlavaError):
     """What a model is given does not fit together, cannot be seen, or is too long; names the sample or the image."""
+
+
+class DataError(HourLlavaError):
+    """Training data cannot be used; names the file and line, or the sample."""
+
+    def __init__(self, what: object, why: str = "", todo: str = "") -> None:
+        if not why:
+            # torch's DataLoader makes a worker's error anew from the text of its traceback, which ends in our line.
+            line = str(what).strip().rpartition("\n")[2].partition("DataError: ")[2]
+            rest, _, todo = line.rpartition("; ")
+            what, _, why = rest.partition(": ")
+        super().__init__(what, why, todo)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Videos that the project renders itself, and the questions they answer."""
+"""Training data: conversations from files, in any mixture; videos that the project renders itself, and questions."""
 
 from hourllava.data.film import Event, Film, Scene
 from hourllava.data.questions import TOPICS, Question, chance, vocabulary

@@ -36,7 +36,7 @@ def build_prompt(
         ids (L,) int64 with one `<image>` token, and the query mask (L,) bool: tokens that join MemAug's queries, the
         same ones as in training, where template tokens and the assistant's turn never do.
     """
-    asked, is_query = _encode(tokenizer, SYSTEM_MESSAGE + _user_message(question, True, instruction))
+    asked, is_query = _encode(tokenizer, SYSTEM_MESSAGE + _user_message(_ask(question, instruction)))
     header, _ = _encode(tokenizer, ASSISTANT_HEADER)
     return torch.tensor(asked + header), torch.tensor(is_query + [False] * len(header))
 
@@ -54,12 +54,21 @@ def build_example(
         ids (L,) int64 with one `<image>` token, and labels (L,) int64: the assistant's turns and every template token
         are targets; everything else is -100, and its text is what joins MemAug's queries.
     """
+    (question, answer), *rest = turns
+    return encode_turns(tokenizer, [(_ask(question, instruction), answer), *rest])
+
+
+def encode_turns(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor]:
+    """A conversation for training, whose questions hold an `<image>` mark for each thing to see.
+
+    Returns:
+        ids (L,) int64 and labels (L,) int64, as `build_example` gives.
+    """
     image_id = tokenizer.convert_tokens_to_ids(IMAGE)
     ids: list[int] = []
     labels: list[int] = []
     for number, (question, answer) in enumerate(turns):
-        first = number == 0
-        asked, is_query = _encode(tokenizer, SYSTEM_MESSAGE * first + _user_message(question, first, instruction))
+        asked, is_query = _encode(tokenizer, SYSTEM_MESSAGE * (number == 0) + _user_message(question))
         reply, _ = _encode(tokenizer, f"{ASSISTANT_HEADER}{answer}<|im_end|>\n")
         hidden = [query or token == image_id for token, query in zip(asked, is_query, strict=True)]
         ids += asked + reply
@@ -67,9 +76,17 @@ def build_example(
     return torch.tensor(ids), torch.tensor(labels)
 
 
-def _user_message(question: str, first: bool, instruction: str | None) -> str:
-    lines = [IMAGE, instruction, question] if first else [question]
-    content = "\n".join(line for line in lines if line is not None)
+def tell_time(turns: Sequence[tuple[str, str]], instruction: str) -> list[tuple[str, str]]:
+    """Put the `<image>` mark of a video and a time instruction in front of the first question."""
+    asked = [(question.replace(IMAGE, "").removeprefix("\n"), answer) for question, answer in turns]
+    return [(_ask(asked[0][0], instruction), asked[0][1]), *asked[1:]]
+
+
+def _ask(question: str, instruction: str | None) -> str:
+    return "\n".join(line for line in (IMAGE, instruction, question) if line is not None)
+
+
+def _user_message(content: str) -> str:
     return f"<|im_start|>user\n{content}<|im_end|>\n"
 
 

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples as the model's inputs: tokens, labels, and the frames, tiles or features that stand at their marks."""
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from hourllava.errors import DataError, HourLlavaError
+from hourllava.model.configuration import HourLlavaConfig
+from hourllava.model.forgetting import kept_frames, remembered_frames, spread_frames
+from hourllava.model.images import assemble_grid
+from hourllava.model.inputs import check_length
+from hourllava.model.media import read_image
+from hourllava.model.prompt import encode_turns, tell_time, time_instruction
+from hourllava.video import open_video
+
+from .failures import FailureLog
+from .features import read_features, tower_of
+from .samples import Media, Sample
+
+VISUAL_WORDS = 128  # what an image or a video adds to a sample's length in words (SPEC C.6)
+TRIES = 16  # samples that may fail in a row before their common cause is reported
+_CHUNK = 32  # frames that are decoded at a time
+
+
+class Item(TypedDict):
+    """A sample, ready to be collated."""
+
+    input_ids: Tensor  # (L,) int64
+    labels: Tensor  # (L,) int64
+    pixel_values: list[Tensor]  # for each mark: (n, 3, S, S) uint8 frames or tiles, or (n, N, Cv) features
+    modalities: list[str]  # "video" or "image" for each mark
+    image_sizes: list[tuple[int, int] | None]  # (height, width) of an image
+
+
+class ConversationDataset(Dataset):
+    """Conversations by number; media are read when an item is asked for.
+
+    A sample that fails is written to `failures`, and the next one of the same modality that does not fail takes its
+    place, so that what a number gives depends on the data alone.
+
+    Args:
+        samples: what `load_mixture` gives.
+        tokenizer: with a token for `<image>`.
+        config: the model's.
+        failures: None lets a sample that fails raise.
+        tower: fingerprint that features in repositories must have (`tower_fingerprint` of the model that embeds); None
+            takes that of the first that is found, so that at least all come from one.
+        max_frames: take at most so many frames of a video, spread evenly (SPEC C.4).
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        tokenizer: PreTrainedTokenizerBase,
+        config: HourLlavaConfig,
+        failures: FailureLog | None = None,
+        tower: str | None = None,
+        max_frames: int | None = None,
+    ) -> None:
+        self.samples, self.tokenizer, self.config = samples, tokenizer, config
+        self.failures, self.max_frames = failures, max_frames
+        features = (
+            m.path for sample in samples for m in sample.media if m.kind == "features" and m.path.suffix != ".pt"
+        )
+        self.tower = tower or next((found for path in features if (found := tower_of(path))), None)
+        if failures is not None:
+            failures.expect(len(samples))
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Words of each sample, and 128 for each image or video; nothing is decoded for it."""
+        words = (sum(len(text.split()) for turn in sample.turns for text in turn) for sample in self.samples)
+        return [n + VISUAL_WORDS * len(sample.media) for n, sample in zip(words, self.samples, strict=True)]
+
+    @cached_property
+    def modalities(self) -> list[str]:
+        """ "text", "image", "images" or "video" of each sample."""
+        return [_modality(sample) for sample in self.samples]
+
+    @property
+    def streams(self) -> list[str]:
+        """The stream that each sample belongs to."""
+        return [sample.stream for sample in self.samples]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, number: int) -> Item:
+        """The item of a sample, or of what takes its place.
+
+        Raises:
+            DataError: it fails and there is no log of failures, too many have failed, or 16 fail in a row.
+        """
+        if self.failures is None:
+            return self.load(number)
+        for candidate in self._stand_ins(number):
+            try:
+                item = self.load(candidate)
+            except DataError as error:
+                last = error
+                self.failures.record(self.samples[candidate].id, error)
+            else:
+                self.failures.loaded()
+                return item
+        raise DataError(last.what, f"{last.why}, and so it goes with those after it", last.todo) from last
+
+    def load(self, number: int) -> Item:
+        """The item of a sample itself.
+
+        Raises:
+            DataError: a file is missing or damaged, or the decoder does not read so many tokens; names the sample.
+        """
+        sample = self.samples[number]
+        try:
+            return self._item(sample)
+        except HourLlavaError as error:
+            what = sample.source if sample.id == sample.source else f"{sample.source} (id {sample.id})"
+            raise DataError(what, f"{error.what}: {error.why}", error.todo) from error
+
+    def _item(self, sample: Sample) -> Item:
+        turns = list(sample.turns)
+        content: list[Tensor] = []
+        sizes: list[tuple[int, int] | None] = []
+        for medium in sample.media:
+            if medium.kind == "image":
+                tiles, size = read_image(medium.path, self.config, len(sample.media) > 1, medium.path.name)
+                content.append(tiles)
+                sizes.append(size)
+            else:
+                frames, seconds = self._video(medium)
+                content.append(frames)
+                sizes.append(None)
+                if self.config.time_instruction:
+                    turns = tell_time(turns, time_instruction(seconds, len(frames)))
+        ids, labels = encode_turns(self.tokenizer, turns)
+        visual = sum(map(self._kept, content, sizes))
+        total, limit = len(ids) - len(content) + visual, self.config.text_config.max_position_embeddings
+        check_length("its conversation", total, visual, limit)
+        return {
+            "input_ids": ids,
+            "labels": labels,
+            "pixel_values": content,
+            "modalities": ["video" if size is None else "image" for size in sizes],
+            "image_sizes": sizes,
+        }
+
+    def _video(self, medium: Media) -> tuple[Tensor, float]:
+        """Frames (n, 3, S, S) uint8 or features (n, N, Cv), one a second, and the seconds that the video lasts."""
+        if medium.kind == "features":
+            features, seconds = read_features(medium.path, self.config, self.tower)
+            return features[self._chosen(len(features))], seconds
+        reader = open_video(medium.path)
+        chosen = self._chosen(reader.frames_expected)
+        frames = torch.empty(len(chosen), 3, self.config.tile_size, self.config.tile_size, dtype=torch.uint8)
+        first = taken = 0
+        for chunk in reader.chunks(self.config.tile_size, _CHUNK):
+            inside = chosen[(chosen >= first) & (chosen < first + len(chunk.frames))] - first
+            frames[taken : taken + len(inside)] = chunk.frames[inside]
+            first, taken = first + len(chunk.frames), taken + len(inside)
+        return frames, reader.duration
+
+    def _chosen(self, frames: int) -> Tensor:
+        return spread_frames(frames, min(frames, self.max_frames or frames))
+
+    def _kept(self, content: Tensor, size: tuple[int, int] | None) -> int:
+        """The most visual tokens that the decoder can read of what stands at a mark."""
+        share, side = self.config.spatial_ratio, self.config.patches_per_side
+        if size is None:
+            memory = remembered_frames(self.config, len(content))
+            tokens = min(self.config.video_grid, side) ** 2
+            return len(kept_frames(self.config, memory)) * (math.ceil(tokens * share) + 1)
+        if len(content) == 1:
+            return math.ceil(side**2 * share) + 1
+        height, width, _ = assemble_grid(
+            torch.empty(len(content) - 1, side**2, 1, device="meta"), size, self.config
+        ).shape
+        return math.ceil(side**2 * share) + math.ceil(height * width * share) + height
+
+    def _stand_ins(self, number: int) -> Iterator[int]:
+        """A number, then those of the next samples of its modality, around the end, as often as is tried."""
+        alike = [number]
+        kind = self.modalities[number]
+        for step in range(1, len(self.samples)):
+            if len(alike) == TRIES:
+                break
+            candidate = (number + step) % len(self.samples)
+            if self.modalities[candidate] == kind:
+                alike.append(candidate)
+        return iter(alike)
+
+
+def _modality(sample: Sample) -> str:
+    if len(sample.media) > 1:
+        return "images"
+    return "text" if not sample.media else "image" if sample.media[0].kind == "image" else "video"

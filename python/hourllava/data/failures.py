@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What becomes of samples that cannot be used: written down, counted over all loading processes, and shown at the end."""
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torch.utils.data import get_worker_info
+
+from hourllava.errors import DataError, HourLlavaError
+
+LIMIT = 0.02
+_LEAST = 1000  # samples, or all if there are fewer, that the share is taken of at first
+_WORKERS = 256
+_SHOWN = 20
+
+
+class FailureLog:
+    """Samples that were left out, as JSON lines in a file; more than a share of them stops the run.
+
+    Worker processes of a DataLoader share the counts and the file with the process that made the log. Every rank of a
+    distributed run has a log, with a file, of its own.
+
+    Args:
+        path: written to as failures happen; what an earlier run left there stays.
+        limit: the share of samples that may fail, of those tried or of the first thousand.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], limit: float = LIMIT) -> None:
+        self.path, self.limit = Path(path), limit
+        self._counts = torch.zeros(_WORKERS, 2, dtype=torch.int64).share_memory_()  # tried, failed; a row a worker
+        self._total = _LEAST
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.touch()
+        except OSError as error:
+            raise DataError(path, f"it cannot be written ({error.strerror})", "choose another place") from error
+
+    def expect(self, total: int) -> None:
+        """Say how many samples there are."""
+        self._total = max(1, min(total, _LEAST))
+
+    @property
+    def tried(self) -> int:
+        """Samples that were loaded or failed to, in all processes."""
+        return int(self._counts[:, 0].sum())
+
+    @property
+    def failed(self) -> int:
+        return int(self._counts[:, 1].sum())
+
+    def loaded(self) -> None:
+        """Count a sample that was loaded."""
+        self._counts[self._row(), 0] += 1
+
+    def record(self, identity: str, error: HourLlavaError) -> None:
+        """Write down a sample that was not loaded.
+
+        Raises:
+            DataError: too many have failed.
+        """
+        self._write(identity, error)
+        self._counts[self._row()] += 1
+        self.check()
+
+    def leave_out(self, identity: str, error: HourLlavaError) -> None:
+        """Write down an entry of a manifest that never became a sample; it does not count to the share."""
+        self._write(identity, error)
+
+    def check(self) -> None:
+        """Raise DataError if too many samples have failed."""
+        tried, failed = self.tried, self.failed
+        if failed > self.limit * max(tried, self._total):
+            why = f"{failed} of {tried} samples could not be loaded, more than {self.limit:.1%}"
+            raise DataError(self.path, why, f"correct them, the last being {self.entries()[-1]['what']}")
+
+    def entries(self) -> list[dict[str, str]]:
+        """All that is written down: id, what, why and todo of each."""
+        with self.path.open(encoding="utf-8") as file:
+            return [json.loads(line) for line in file if line.endswith("\n")]
+
+    def summary(self) -> Table | None:
+        """A table of what failed, or None if nothing did."""
+        times = Counter((entry["what"], entry["why"]) for entry in self.entries())
+        if not times:
+            return None
+        rest = len(times) - _SHOWN
+        more = f", {rest} more in {self.path}" if rest > 0 else f", also in {self.path}"
+        table = Table(title=f"{len(times)} samples were left out{more}", title_justify="left")
+        for name in ("sample", "why", "times"):
+            table.add_column(name, overflow="fold", justify="right" if name == "times" else "left")
+        for (what, why), count in list(times.items())[:_SHOWN]:
+            table.add_row(what, why, str(count))
+        return table
+
+    def _write(self, identity: str, error: HourLlavaError) -> None:
+        fields = {"id": identity, "what": error.what, "why": error.why, "todo": error.todo}
+        line = json.dumps(fields, ensure_ascii=False) + "\n"
+        # One write to a file opened for appending: lines of several processes do not mix.
+        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, line.encode())
+        finally:
+            os.close(handle)
+
+    def _row(self) -> int:
+        worker = get_worker_info()
+        return 0 if worker is None else 1 + worker.id % (_WORKERS - 1)
