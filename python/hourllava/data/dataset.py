@@ -66,10 +66,8 @@ class ConversationDataset(Dataset):
     ) -> None:
         self.samples, self.tokenizer, self.config = samples, tokenizer, config
         self.failures, self.max_frames = failures, max_frames
-        features = (
-            m.path for sample in samples for m in sample.media if m.kind == "features" and m.path.suffix != ".pt"
-        )
-        self.tower = tower or next((found for path in features if (found := tower_of(path))), None)
+        encoded = [medium.path for sample in samples for medium in sample.media if medium.kind == "features"]
+        self.tower = tower or first_tower(encoded)
         if failures is not None:
             failures.expect(len(samples))
 
@@ -178,22 +176,16 @@ class ConversationDataset(Dataset):
             return len(kept_frames(self.config, memory)) * (math.ceil(tokens * share) + 1)
         if len(content) == 1:
             return math.ceil(side**2 * share) + 1
-        height, width, _ = assemble_grid(
-            torch.empty(len(content) - 1, side**2, 1, device="meta"), size, self.config
-        ).shape
+        tiles = torch.empty(len(content) - 1, side**2, 1, device="meta")
+        height, width, _ = assemble_grid(tiles, size, self.config).shape
         return math.ceil(side**2 * share) + math.ceil(height * width * share) + height
 
     def _stand_ins(self, number: int) -> Iterator[int]:
         """A number, then those of the next samples of its modality, around the end, as often as is tried."""
-        alike = [number]
-        kind = self.modalities[number]
-        for step in range(1, len(self.samples)):
-            if len(alike) == TRIES:
-                break
-            candidate = (number + step) % len(self.samples)
-            if self.modalities[candidate] == kind:
-                alike.append(candidate)
-        return iter(alike)
+        kind, count = self.modalities[number], len(self.samples)
+        others = ((number + step) % count for step in range(1, count))
+        alike = (other for other in others if self.modalities[other] == kind)
+        return itertools.chain([number], itertools.islice(alike, TRIES - 1))
 
 
 def _modality(sample: Sample) -> str:
