@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples as the model's inputs: tokens, labels, and the frames, tiles or features that stand at their marks."""
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -13,15 +14,15 @@ from transformers import PreTrainedTokenizerBase
 
 from hourllava.errors import DataError, HourLlavaError
 from hourllava.model.configuration import HourLlavaConfig
-from hourllava.model.forgetting import kept_frames, remembered_frames, spread_frames
+from hourllava.model.forgetting import remembered_frames, spread_frames
 from hourllava.model.images import assemble_grid
 from hourllava.model.inputs import check_length
 from hourllava.model.media import read_image
 from hourllava.model.prompt import encode_turns, tell_time, time_instruction
 from hourllava.video import open_video
 
+from .encoded import first_tower, read_features
 from .failures import FailureLog
-from .features import read_features, tower_of
 from .samples import Media, Sample
 
 VISUAL_WORDS = 128  # what an image or a video adds to a sample's length in words (SPEC C.6)
@@ -79,7 +80,7 @@ class ConversationDataset(Dataset):
 
     @cached_property
     def modalities(self) -> list[str]:
-        """ "text", "image", "images" or "video" of each sample."""
+        """What each sample shows: "text" (nothing), "image", "images" or "video"."""
         return [_modality(sample) for sample in self.samples]
 
     @property
@@ -98,16 +99,18 @@ class ConversationDataset(Dataset):
         """
         if self.failures is None:
             return self.load(number)
+        failed = []
         for candidate in self._stand_ins(number):
             try:
                 item = self.load(candidate)
             except DataError as error:
-                last = error
+                failed.append(error)
                 self.failures.record(self.samples[candidate].id, error)
             else:
                 self.failures.loaded()
                 return item
-        raise DataError(last.what, f"{last.why}, and so it goes with those after it", last.todo) from last
+        first = failed[0]
+        raise DataError(first.what, f"{first.why}; so do the {len(failed) - 1} samples after it fail", first.todo)
 
     def load(self, number: int) -> Item:
         """The item of a sample itself.
@@ -171,9 +174,9 @@ class ConversationDataset(Dataset):
         """The most visual tokens that the decoder can read of what stands at a mark."""
         share, side = self.config.spatial_ratio, self.config.patches_per_side
         if size is None:
-            memory = remembered_frames(self.config, len(content))
+            frames = remembered_frames(self.config, len(content)) // self.config.temporal_ratio
             tokens = min(self.config.video_grid, side) ** 2
-            return len(kept_frames(self.config, memory)) * (math.ceil(tokens * share) + 1)
+            return max(1, min(self.config.max_kept_frames, frames)) * (math.ceil(tokens * share) + 1)
         if len(content) == 1:
             return math.ceil(side**2 * share) + 1
         tiles = torch.empty(len(content) - 1, side**2, 1, device="meta")

@@ -73,7 +73,7 @@ def _read_pt(path: Path) -> tuple[Tensor, float]:
         raise DataError(path, f"it cannot be read ({error.strerror or error})", "check the path") from error
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
         raise DataError(path, f"it holds no features that are safe to read ({type(error).__name__})", todo) from error
-    if not isinstance(features, Tensor) or features.dim() not in (3, 4) or 0 in features.shape or not 0 <= seconds:
+    if not isinstance(features, Tensor) or features.dim() not in (3, 4) or 0 in features.shape or not seconds >= 0:
         raise DataError(path, "its vid_feat holds no frames, or its duration is no number of seconds", todo)
     features = features.flatten(1, 2) if features.dim() == 4 else features
     count = min(len(features), max(1, int(min(seconds, len(features)))))

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What becomes of samples that cannot be used: written down, counted over all loading processes, and shown at the end."""
+"""Samples that cannot be used: written down, counted over all loading processes, and shown at the end."""
 
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from rich.table import Table
@@ -69,16 +71,27 @@ class FailureLog:
         self._counts[self._row()] += 1
         self.check()
 
-    def leave_out(self, identity: str, error: HourLlavaError) -> None:
-        """Write down an entry of a manifest that never became a sample; it does not count to the share."""
-        self._write(identity, error)
+    def leave_out(self, errors: Sequence[DataError], total: int) -> None:
+        """Write down those of `total` entries of a manifest that never became samples.
+
+        Raises:
+            DataError: they are too many.
+        """
+        for error in errors:
+            self._write(error.what, error)
+        if len(errors) > self.limit * total:
+            self._stop(len(errors), total, "used")
 
     def check(self) -> None:
-        """Raise DataError if too many samples have failed."""
+        """Raise DataError if too many samples have failed, in this process or in one that loads for it."""
         tried, failed = self.tried, self.failed
         if failed > self.limit * max(tried, self._total):
-            why = f"{failed} of {tried} samples could not be loaded, more than {self.limit:.1%}"
-            raise DataError(self.path, why, f"correct them, the last being {self.entries()[-1]['what']}")
+            self._stop(failed, tried, "loaded")
+
+    def _stop(self, failed: int, total: int, verb: str) -> NoReturn:
+        last = self.entries()[-1]
+        why = f"{failed} of {total} samples could not be {verb}, more than {self.limit:.1%} ({self.path} lists them)"
+        raise DataError(last["what"], f"{last['why']}, and {why}", "correct them, or allow for more failures")
 
     def entries(self) -> list[dict[str, str]]:
         """All that is written down: id, what, why and todo of each."""

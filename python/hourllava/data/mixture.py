@@ -61,6 +61,7 @@ def load_mixture(path: str | os.PathLike[str], seed: int = 0, failures: FailureL
     path = Path(path)
     parts = _read_mixture(path) if path.suffix in (".yaml", ".yml") else [_manifest(path)]
     samples: list[Sample] = []
+    errors: list[DataError] = []
     for number, part in enumerate(tqdm(parts, "reading", unit="manifest", disable=len(parts) == 1)):
         entries = read_manifest(part.manifest)
         for index in choose(len(entries), part.strategy, np.random.default_rng([seed, number]), part.source):
@@ -69,7 +70,9 @@ def load_mixture(path: str | os.PathLike[str], seed: int = 0, failures: FailureL
             except DataError as error:
                 if failures is None:
                     raise
-                failures.leave_out(entries[index].source, error)
+                errors.append(error)
+    if failures is not None:
+        failures.leave_out(errors, len(samples) + len(errors))
     if not samples:
         raise DataError(path, "not one of its entries can be used", "look at the first lines of what it names")
     return samples

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The order of samples: batches of one modality and similar lengths, the same on every rank, resumed where it stopped."""
+"""The order of samples: batches of one modality and of similar lengths, and going on in the middle of an epoch."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -55,7 +55,7 @@ class GroupedSampler(Sampler[int]):
         self.batch_size, self.world_size, self.rank, self.seed = batch_size, world_size, rank, seed
         self.batching = batching
         self.epoch = 0
-        self._given = 0  # of this epoch's numbers, to this rank
+        self._start = self._given = 0  # numbers of this epoch that this rank has got, at its start and so far
         for stream, held in sorted(_groups(range(count), self.streams).items()) or [("", [])]:
             if len(held) < batch_size * world_size:
                 what = f"stream {stream!r}" if stream else "data"
@@ -69,12 +69,12 @@ class GroupedSampler(Sampler[int]):
         return self._length
 
     def __iter__(self) -> Iterator[int]:
-        """Go on behind what was given out, or start the epoch again once it is through."""
-        order = self.order()
-        start = self._given if self._given < len(order) else 0
-        for place in range(start, len(order)):
-            self._given = place + 1
-            yield int(order[place])
+        """The epoch from its start; the first time after `load_state_dict`, from where that was."""
+        start, self._start = self._start, 0
+        self._given = start
+        for number in self.order()[start:]:
+            self._given += 1
+            yield int(number)
 
     def order(self) -> np.ndarray:
         """This rank's numbers of the whole epoch: (len,) int64."""
@@ -85,9 +85,9 @@ class GroupedSampler(Sampler[int]):
         return np.concatenate([batches[i][self.rank] for i in rng.permutation(len(batches))])
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw another order; an epoch that was begun goes on if it is the same one."""
+        """Draw that epoch's order; to name the epoch that a loaded state is in changes nothing."""
         if epoch != self.epoch:
-            self.epoch, self._given = epoch, 0
+            self.epoch, self._start, self._given = epoch, 0, 0
 
     def state_dict(self, batches: int | None = None) -> dict[str, Any]:
         """Where the sampler is.
@@ -109,7 +109,7 @@ class GroupedSampler(Sampler[int]):
             if state.get(name) != value:
                 why = f"its {name} was {state.get(name)}, but is {value}"
                 raise DataError("state of the sampler", why, "resume with the data and the batches it started with")
-        self.epoch, self._given = state["epoch"], state["given"]
+        self.epoch, self._start, self._given = state["epoch"], state["given"], state["given"]
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -144,15 +144,10 @@ class GroupedSampler(Sampler[int]):
         return batches
 
     def _deal(self, batch: np.ndarray) -> np.ndarray:
-        """A global batch, longest first, as (world_size, batch_size): each goes to the rank with least so far."""
-        hands: list[list[int]] = [[] for _ in range(self.world_size)]
-        loads = [0] * self.world_size
-        for number in batch.tolist():
-            open_hands = [r for r in range(self.world_size) if len(hands[r]) < self.batch_size]
-            rank = min(open_hands, key=lambda r: loads[r])
-            hands[rank].append(number)
-            loads[rank] += int(self.lengths[number])
-        return np.asarray(hands, dtype=np.int64)
+        """A global batch, longest first, as (world_size, batch_size): dealt out to and fro, for shares alike."""
+        rounds = batch.reshape(self.batch_size, self.world_size).copy()
+        rounds[1::2] = rounds[1::2, ::-1]
+        return rounds.T
 
 
 def _groups(numbers: Sequence[int], keys: Sequence[str]) -> dict[str, list[int]]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from hourllava.errors import InputError
@@ -85,7 +85,7 @@ def read_image(source: Any, config: HourLlavaConfig, shares_prompt: bool, name: 
         try:
             with Image.open(path) as opened:
                 source = opened.convert("RGB")
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # as PIL has them
             raise InputError(path, f"it is no image that can be read ({error})", "give a PNG or JPEG file") from error
     return (square_image if shares_prompt else tile_image)(_to_channels_first(source), config, name)
 

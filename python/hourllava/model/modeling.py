@@ -129,8 +129,8 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
         Args:
             input_ids, attention_mask, labels: (B, L), padded at either side; labels are -100 where nothing is learnt.
             pixel_values: for each mark, in reading order over the batch, the frames of a video or the tiles of an image
-                (n, 3, S, S), uint8 RGB or normalised floats.
-            vision_features: (n, N, Cv) tower outputs, instead of pixels; a video's may be pooled already.
+                (n, 3, S, S), uint8 RGB or normalised floats; or (n, N, Cv) tower outputs for some of them.
+            vision_features: (n, N, Cv) tower outputs for all marks; a video's may be pooled already.
             modalities: "video" or "image" for each mark; None means videos.
             image_sizes: the (height, width) of each tiled image, None for the others.
             logits_to_keep: only the last so many positions (0: all).
