@@ -2,7 +2,6 @@
 """Samples as the model's inputs: tokens, labels, and the frames, tiles or features that stand at their marks."""
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import TypedDict
@@ -14,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hourllava.errors import DataError, HourLlavaError
 from hourllava.model.configuration import HourLlavaConfig
-from hourllava.model.forgetting import remembered_frames, spread_frames
+from hourllava.model.forgetting import remembered_frames, spatial_picks, spread_frames
 from hourllava.model.images import assemble_grid
 from hourllava.model.inputs import check_length
 from hourllava.model.media import read_image
@@ -171,17 +170,22 @@ class ConversationDataset(Dataset):
         return spread_frames(frames, min(frames, self.max_frames or frames))
 
     def _kept(self, content: Tensor, size: tuple[int, int] | None) -> int:
-        """The most visual tokens that the decoder can read of what stands at a mark."""
-        share, side = self.config.spatial_ratio, self.config.patches_per_side
+        """Visual tokens that the decoder reads of what stands at a mark."""
+        side = self.config.patches_per_side
         if size is None:
+            grid = min(self.config.video_grid, side)
             frames = remembered_frames(self.config, len(content)) // self.config.temporal_ratio
-            tokens = min(self.config.video_grid, side) ** 2
-            return max(1, min(self.config.max_kept_frames, frames)) * (math.ceil(tokens * share) + 1)
+            return max(1, min(self.config.max_kept_frames, frames)) * (len(self._picks(0, grid, grid)) + 1)
+        base = len(self._picks(0, side, side))
         if len(content) == 1:
-            return math.ceil(side**2 * share) + 1
+            return base + 1
         tiles = torch.empty(len(content) - 1, side**2, 1, device="meta")
         height, width, _ = assemble_grid(tiles, size, self.config).shape
-        return math.ceil(side**2 * share) + math.ceil(height * width * share) + height
+        picks = self._picks(1, height, width)
+        return base + len(picks) + len((picks // width).unique())  # a newline for each row that keeps a token
+
+    def _picks(self, number: int, height: int, width: int) -> Tensor:
+        return spatial_picks(self.config, torch.tensor([number]), (height, width))[0]
 
     def _stand_ins(self, number: int) -> Iterator[int]:
         """A number, then those of the next samples of its modality, around the end, as often as is tried."""

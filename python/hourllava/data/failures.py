@@ -103,13 +103,13 @@ class FailureLog:
         times = Counter((entry["what"], entry["why"]) for entry in self.entries())
         if not times:
             return None
-        rest = len(times) - _SHOWN
-        more = f", {rest} more in {self.path}" if rest > 0 else f", also in {self.path}"
-        table = Table(title=f"{len(times)} samples were left out{more}", title_justify="left")
+        table = Table(title=f"{len(times)} samples were left out", title_justify="left")
         for name in ("sample", "why", "times"):
             table.add_column(name, overflow="fold", justify="right" if name == "times" else "left")
         for (what, why), count in list(times.items())[:_SHOWN]:
             table.add_row(what, why, str(count))
+        if len(times) > _SHOWN:
+            table.add_row(f"and {len(times) - _SHOWN} more", f"in {self.path}", "")
         return table
 
     def _write(self, identity: str, error: HourLlavaError) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Conversations about images and videos, read from LLaVA-style JSON and from VideoMarathon's rows (SPEC C.7, D.1)."""
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -145,7 +146,7 @@ def _media(value: dict[str, Any], places: Places, what: str) -> list[Media]:
 def _video(name: str, folder: Any, places: Places) -> Media:
     """A video, `data_source`/`video` below the root (SPEC C.5), or the features that were made of it."""
     if isinstance(folder, str) and folder and not name.startswith(f"{folder}/"):
-        name = f"{folder}/{name}"
+        name = os.path.join(folder, name)
     held = memory_name(name)
     if places.features is None:
         return Media("video", places.root / name, held)
