@@ -43,7 +43,7 @@ class Case:
 
     name: str
     dataset: ConversationDataset
-    files: list[Path]  # all that their media are in
+    files: list[Path]  # all that their media are in; none for text
     loads: int  # samples of a round
 
 
@@ -54,7 +54,7 @@ def entry(number: int, **media: str) -> dict:
 
 
 def make_text(folder: Path) -> tuple[list[dict], list[Path]]:
-    return [entry(i) for i in range(64)], [folder / "text.jsonl"]
+    return [entry(i) for i in range(64)], []
 
 
 def make_images(folder: Path) -> tuple[list[dict], list[Path]]:
@@ -106,7 +106,7 @@ KINDS: dict[str, tuple[Callable[[Path], tuple[list[dict], list[Path]]], int]] = 
 
 def make_case(name: str, folder: Path, loads: int) -> Case:
     entries, files = KINDS[name][0](folder)
-    manifest = folder / "text.jsonl"
+    manifest = folder / "manifest.jsonl"
     manifest.write_text("".join(json.dumps(one) + "\n" for one in entries))
     tokenizer = build_tokenizer()
     dataset = ConversationDataset(load_mixture(manifest), tokenizer, HourLlavaConfig(time_instruction=True))
@@ -151,11 +151,18 @@ def read_seconds(case: Case) -> float:
 
 def measure(case: Case, rounds: int, workers: Sequence[int], table: Table) -> None:
     megabytes = sum(file.stat().st_size for file in case.files) / len(case.dataset) / 1e6
-    plain = median(read_seconds(case) for _ in range(rounds))
+    plain = median(read_seconds(case) for _ in range(rounds)) if case.files else 0.0
     for count in workers:
         seconds = median(load_seconds(case, count) for _ in range(rounds))
-        rates = [f"{megabytes:.3f}", f"{1 / seconds:.1f}", f"{megabytes / seconds:.1f}", f"{megabytes / plain:.0f}"]
-        table.add_row(case.name, str(count), *rates, f"{seconds / plain:.1f}")
+        row = [case.name, str(count), f"{1 / seconds:.1f}"]
+        if case.files:
+            row += [
+                f"{megabytes:.2f}",
+                f"{megabytes / seconds:.1f}",
+                f"{megabytes / plain:.0f}",
+                f"{seconds / plain:.0f}",
+            ]
+        table.add_row(*row)
 
 
 def main() -> None:
@@ -165,7 +172,7 @@ def main() -> None:
     options = parser.parse_args()
     where = machine()
     table = Table(title=f"{where['cpu']}, {where['threads']} threads")
-    for name in ("sample", "workers", "MB", "samples/s", "MB/s", "plain reading, MB/s", "times its time"):
+    for name in ("sample", "workers", "samples/s", "MB", "MB/s", "plain reading, MB/s", "times its time"):
         table.add_column(name, justify="left" if name == "sample" else "right")
     for name, (_, loads) in tqdm(KINDS.items(), "loading", unit="kind"):
         with tempfile.TemporaryDirectory() as folder:

@@ -36,9 +36,10 @@ def build_prompt(
         ids (L,) int64 with one `<image>` token, and the query mask (L,) bool: tokens that join MemAug's queries, the
         same ones as in training, where template tokens and the assistant's turn never do.
     """
-    asked, is_query = _encode(tokenizer, SYSTEM_MESSAGE + _user_message(_ask(question, instruction)))
-    header, _ = _encode(tokenizer, ASSISTANT_HEADER)
-    return torch.tensor(asked + header), torch.tensor(is_query + [False] * len(header))
+    asked = _encode(tokenizer, SYSTEM_MESSAGE + _user_message(_ask(question, instruction)))
+    header = _encode(tokenizer, ASSISTANT_HEADER)
+    hidden = {*_template_ids(tokenizer), tokenizer.convert_tokens_to_ids(IMAGE)}
+    return torch.tensor(asked + header), torch.tensor([i not in hidden for i in asked] + [False] * len(header))
 
 
 def build_example(
@@ -64,15 +65,14 @@ def encode_turns(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, 
     Returns:
         ids (L,) int64 and labels (L,) int64, as `build_example` gives.
     """
-    image_id = tokenizer.convert_tokens_to_ids(IMAGE)
+    targets = _template_ids(tokenizer)
     ids: list[int] = []
     labels: list[int] = []
     for number, (question, answer) in enumerate(turns):
-        asked, is_query = _encode(tokenizer, SYSTEM_MESSAGE * (number == 0) + _user_message(question))
-        reply, _ = _encode(tokenizer, f"{ASSISTANT_HEADER}{answer}<|im_end|>\n")
-        hidden = [query or token == image_id for token, query in zip(asked, is_query, strict=True)]
+        asked = _encode(tokenizer, SYSTEM_MESSAGE * (number == 0) + _user_message(question))
+        reply = _encode(tokenizer, f"{ASSISTANT_HEADER}{answer}<|im_end|>\n")
         ids += asked + reply
-        labels += [-100 if hide else token for token, hide in zip(asked, hidden, strict=True)] + reply
+        labels += [token if token in targets else -100 for token in asked] + reply
     return torch.tensor(ids), torch.tensor(labels)
 
 
@@ -90,11 +90,12 @@ def _user_message(content: str) -> str:
     return f"<|im_start|>user\n{content}<|im_end|>\n"
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[bool]]:
-    """Ids of `text`, and which of them are neither template tokens nor the image."""
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    template = {tokenizer.encode(token, add_special_tokens=False)[0] for token in (*TEMPLATE_TOKENS, IMAGE)}
-    return ids, [token not in template for token in ids]
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _template_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    return {_encode(tokenizer, token)[0] for token in TEMPLATE_TOKENS}
 
 
 def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
