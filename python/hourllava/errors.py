@@ -31,6 +31,10 @@ class MemoryFileError(HourLlavaError):
     """A saved memory is damaged, incomplete or belongs to another model."""
 
 
+class AdmissionError(HourLlavaError):
+    """What was asked for does not fit into a stated budget, whose numbers are given."""
+
+
 class ModelError(HourLlavaError):
     """A model directory is missing, incomplete or not of this architecture."""
 

@@ -1,22 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """The memory of a video: pages of keys and values that grow, and their file."""
 
+from .memory_pool import HeldMemory, MemoryPool, TierUsage
 from .pages import MemoryPages
 from .pool import scratch_files
 from .repository import Repository
 from .sharding import least_loaded, sharded_attention
+from .sizes import format_size, parse_size
 from .upkeep import Problem, repair, verify
 from .video_memory import MemoryPrefix, MemoryShape, MemoryWriter, VideoMemory
 
 __all__ = [
+    "HeldMemory",
     "MemoryPages",
+    "MemoryPool",
     "MemoryPrefix",
     "MemoryShape",
     "MemoryWriter",
     "Problem",
     "Repository",
+    "TierUsage",
     "VideoMemory",
+    "format_size",
     "least_loaded",
+    "parse_size",
     "repair",
     "scratch_files",
     "sharded_attention",

@@ -162,7 +162,7 @@ class Repository:
     def _mapped(self, video: Video, append: bool) -> VideoMemory:
         """The memory whose ready pages are kept: a few maps, whatever its length."""
         folder = self.folder / video.name
-        memory = VideoMemory(_shape(video), video.model, torch.device("cpu"), _pool_files(folder, append), not append)
+        memory = VideoMemory(_shape(video), video.model, torch.device("cpu"), pool_files(folder, append), not append)
         if video.frames:
             memory.reserve(video.frames, exactly=not append)
         memory.frames = video.frames
@@ -172,7 +172,7 @@ class Repository:
     def _rebuilt(self, video: Video, writer: MemoryWriter, journal: "_Journal | None") -> VideoMemory:
         """The memory made again from its features; its pages are kept if the video's are and this is its model."""
         keep = journal is not None and video.pages and writer.fingerprint() == video.model
-        files = _pool_files(self.folder / video.name, True) if keep else None
+        files = pool_files(self.folder / video.name, True) if keep else None
         memory = VideoMemory(writer.shape, writer.fingerprint(), writer.device, files)
         memory.attach(writer)
         memory.reserve(video.frames)
@@ -237,7 +237,9 @@ def _shape(video: Video) -> MemoryShape:
     return MemoryShape(video.per_frame, video.width, video.blocks, video.kv_heads, video.head_dim, dtype)
 
 
-def _pool_files(folder: Path, append: bool) -> Callable[[str], BinaryIO]:
+def pool_files(folder: Path, append: bool) -> Callable[[str], BinaryIO]:
+    """Opens the files of a video's ready pages by the names that its memory gives them."""
+
     def open_pool(name: str) -> BinaryIO:
         path = folder / f"{name}.pool"
         try:

@@ -19,6 +19,7 @@ from .pages import PAGE_SIZE, MemoryPages, frame_slots, open_pages, page_count, 
 from .pool import Pool
 from .storage import Pieces, as_bytes, read_memory_file, write_memory_file
 
+SUMMARY_ROWS = 3  # of a page and head: mean, least and greatest key
 FILE_GROWTH = 256  # frames that a memory in files grows by; growing moves nothing there
 
 
@@ -32,6 +33,17 @@ class MemoryShape:
     kv_heads: int
     head_dim: int
     dtype: torch.dtype
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page in all blocks: keys, values and their summary."""
+        row = self.blocks * self.kv_heads * self.head_dim
+        return row * (2 * PAGE_SIZE * self.dtype.itemsize + SUMMARY_ROWS * summary_dtype(self.dtype).itemsize)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the visual tokens of one frame."""
+        return self.per_frame * self.width * self.dtype.itemsize
 
 
 class MemoryWriter(Protocol):
@@ -126,13 +138,11 @@ class VideoMemory:
             return Pool(row, dtype, device, file, private)
 
         blocks, page = range(shape.blocks), (shape.kv_heads, PAGE_SIZE, shape.head_dim)
-        wide = torch.promote_types(shape.dtype, torch.float32)
         self._tokens = pool("tokens", shape.per_frame, shape.width)
         self._keys = [pool(f"blocks.{b}.key_pages", *page) for b in blocks]
         self._values = [pool(f"blocks.{b}.value_pages", *page) for b in blocks]
-        self._summaries = [
-            pool(f"blocks.{b}.key_summary", shape.kv_heads, 3, shape.head_dim, dtype=wide) for b in blocks
-        ]
+        summary, wide = (shape.kv_heads, SUMMARY_ROWS, shape.head_dim), summary_dtype(shape.dtype)
+        self._summaries = [pool(f"blocks.{b}.key_summary", *summary, dtype=wide) for b in blocks]
 
     @property
     def device(self) -> torch.device:
@@ -187,9 +197,7 @@ class VideoMemory:
 
     def check_model(self, fingerprint: str) -> None:
         """Raise MemoryFileError unless a model with this fingerprint made the memory."""
-        if fingerprint != self.fingerprint:
-            todo = "use that model, or watch the video again"
-            raise MemoryFileError(self.path or "memory", "it was made by another model", todo)
+        check_fingerprint(self.path or "memory", fingerprint, self.fingerprint)
 
     @torch.no_grad()
     def append(self, frames: Tensor) -> None:
@@ -236,13 +244,9 @@ class VideoMemory:
 
     def refresh_summaries(self) -> None:
         """Make the summaries of the open pages those of the rows in use, whatever was written behind them."""
-        unrotated = torch.empty(0, dtype=torch.float32)
         for page in open_pages(self.frames, self.shape.per_frame):
-            slots = torch.arange(int(self.page_lengths[page]))
             for keys, summaries in zip(self._keys, self._summaries, strict=True):
-                rows = keys.rows[page, :, : len(slots)].transpose(0, 1)
-                written = ext.page_write(rows, rows, torch.zeros_like(slots), slots, unrotated, 1, PAGE_SIZE)
-                summaries.rows[page] = written[2][0]
+                summaries.rows[page] = summary_of(keys.rows[page], int(self.page_lengths[page]))
 
     def reserve(self, frames: int, exactly: bool = False) -> None:
         """Make room for so many frames in all, and unless `exactly` for some more where growing often is dear.
@@ -352,6 +356,24 @@ class VideoMemory:
         """Zero pages when they come into use, so that a saved memory holds no leftovers."""
         for pool in self._page_pools():
             pool.rows[first:end] = 0
+
+
+def check_fingerprint(what: object, model: str, maker: str) -> None:
+    """Raise MemoryFileError unless the model with fingerprint `model` is the one that made a memory."""
+    if model != maker:
+        raise MemoryFileError(what, "it was made by another model", "use that model, or watch the video again")
+
+
+def summary_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the summaries of pages of this dtype."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def summary_of(keys: Tensor, length: int) -> Tensor:
+    """The summary (Hkv, 3, D) of the first `length` rows of a page's keys (Hkv, 128, D)."""
+    rows, slots = keys[:, :length].transpose(0, 1), torch.arange(length, device=keys.device)
+    unrotated = torch.empty(0, dtype=torch.float32, device=keys.device)
+    return ext.page_write(rows, rows, torch.zeros_like(slots), slots, unrotated, 1, PAGE_SIZE)[2][0]
 
 
 def _batches(first: int, end: int, size: int) -> Iterator[tuple[int, int, int]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hourllava.errors import QuestionError
-from hourllava.memory import MemoryPages, MemoryPrefix, VideoMemory
+from hourllava.memory import HeldMemory, MemoryPages, MemoryPrefix, VideoMemory
 from hourllava.memory.pages import PAGE_SIZE, frame_slots, video_layout
 from hourllava.video import clock
 
@@ -74,7 +74,9 @@ class AskOptions:
 
 
 @torch.no_grad()
-def ask(model: "HourLlavaForConditionalGeneration", memory: VideoMemory, question: str, options: AskOptions) -> Answer:
+def ask(
+    model: "HourLlavaForConditionalGeneration", memory: VideoMemory | HeldMemory, question: str, options: AskOptions
+) -> Answer:
     """See `HourLlavaForConditionalGeneration.ask`."""
     if not question.strip():
         raise QuestionError("question", "it is empty", "ask something about the video")
@@ -118,8 +120,10 @@ def _prefill(
     text = model.model.embed_tokens(ids.masked_fill(is_image[0], 0))
     rules = (options.temporal_forgetting, options.spatial_forgetting, options.forgetting_seed)
     behind = query_mask & (is_image[0].cumsum(0) > 0)
-    choice = Choice(Forgetting.of(model.config, *rules), text[behind])
-    kept = keep_of_video(model.config, tokens, model.model.image_newline, choice)
+    # A memory's tokens may lie elsewhere than its pages and the model: what is kept of them moves, not all.
+    choice = Choice(Forgetting.of(model.config, *rules), text[behind].to(tokens.device))
+    newline = model.model.image_newline
+    kept = keep_of_video(model.config, tokens, newline.to(tokens.device), choice).to(newline.device)
     lengths = [len(kept.tokens)]
     final = interleave(is_image, ~is_image, lengths)
     limit = model.config.text_config.max_position_embeddings
@@ -129,12 +133,12 @@ def _prefill(
         span = [frames * (per_frame + 1)]
         rows, stream = query_stream(is_image, query_mask[None], kept.position_ids, lengths, span)
         use = MemoryUse(options.use_memory, options.budget_pages, _evidence_rows(rows) if options.use_memory else None)
-        augmented, page_mass = model.model.vision_resampler(
-            torch.cat([text, kept.tokens])[rows.order], stream, _pages(model, memory, tokens), use
-        )
+        pages = _pages(model, memory, tokens)
+        queries = torch.cat([text, kept.tokens])[rows.order]
+        augmented, page_mass = model.model.vision_resampler(queries, stream, pages, use)
         visual = augmented[rows.visual]
         if page_mass is not None:
-            mass = _mass_of_seconds(page_mass, frames, memory)
+            mass = _mass_of_seconds(page_mass[pages[0].page_table[0]], frames, memory)
     return torch.cat([text, visual])[final.order][None], mass
 
 
@@ -148,8 +152,9 @@ def _pages(model: "HourLlavaForConditionalGeneration", memory: MemoryPrefix, tok
     if len(tokens) == memory.frames:
         return memory.pages
     newline = model.model.image_newline.expand(len(tokens), -1)
-    layout = video_layout(len(tokens), memory.tokens.shape[1], tokens.device)
-    return model.model.vision_resampler.write(torch.cat([tokens.flatten(0, 1), newline]), layout)
+    layout = video_layout(len(tokens), memory.tokens.shape[1], newline.device)
+    rows = torch.cat([tokens.flatten(0, 1).to(newline.device), newline])
+    return model.model.vision_resampler.write(rows, layout)
 
 
 def _mass_of_seconds(page_mass: Tensor, frames: int, memory: MemoryPrefix) -> Tensor:

@@ -23,6 +23,10 @@ class Kept:
     position_ids: Tensor  # (V,) int64, in the memory of the mark's sample
     span: int  # positions that the mark takes up
 
+    def to(self, device: torch.device) -> "Kept":
+        """The same on another device."""
+        return Kept(self.tokens.to(device), self.position_ids.to(device), self.span)
+
 
 @dataclass(frozen=True)
 class Remembered:
