@@ -24,6 +24,13 @@ def pack_features(features: Tensor, precision: str) -> dict[str, Tensor]:
     return {"features": (features.float() / scale[..., None]).round().to(torch.int8), "scales": scale}
 
 
+def packed_bytes(precision: str, per_frame: int, width: int) -> int:
+    """Bytes of what `pack_features` gives of one frame (N, Cv)."""
+    if precision == "bfloat16":
+        return per_frame * width * torch.bfloat16.itemsize
+    return per_frame * (width * torch.int8.itemsize + torch.float32.itemsize)
+
+
 def unpack_features(packed: dict[str, Tensor]) -> Tensor:
     """Features (n, N, Cv) float32 of what `pack_features` gave."""
     features = packed["features"].float()

@@ -33,8 +33,7 @@ class PageTier:
     """
 
     def __init__(self, name: str, shape: MemoryShape, device: torch.device, budget: int, pinned: bool = False) -> None:
-        length_bytes = torch.int32.itemsize
-        pages = budget // (shape.page_bytes + length_bytes)
+        pages = budget // shape.page_bytes
         what = f"budget of {format_size(budget)} on {name}"
         if not pages:
             raise AdmissionError(what, f"a page takes {format_size(shape.page_bytes)}", "give more")

@@ -36,9 +36,10 @@ class MemoryShape:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one page in all blocks: keys, values and their summary."""
+        """Bytes of one page in all blocks: keys, values, their summary, and how many rows are in use."""
         row = self.blocks * self.kv_heads * self.head_dim
-        return row * (2 * PAGE_SIZE * self.dtype.itemsize + SUMMARY_ROWS * summary_dtype(self.dtype).itemsize)
+        rows = 2 * PAGE_SIZE * self.dtype.itemsize + SUMMARY_ROWS * summary_dtype(self.dtype).itemsize
+        return row * rows + torch.int32.itemsize
 
     @property
     def token_bytes(self) -> int:
@@ -324,19 +325,21 @@ class VideoMemory:
         tokens = writer.project(whole)
         projected = writer.keys_values(tokens)
         per_frame, end = self.shape.per_frame, self.frames + count
-        slots, position_ids = frame_slots(torch.arange(self.frames, end, device=features.device), per_frame)
+        slots, position_ids = frame_slots(torch.arange(self.frames, end, device=self.device), per_frame)
         # Only the pages that get rows are shown to the operator, whose checks take time for every page it is shown.
         first, pages = int(slots.min()) // PAGE_SIZE, page_count(end, per_frame)
-        inside, lengths = slots - first * PAGE_SIZE, rows_in_use(end, per_frame, features.device)[first:]
+        inside, lengths = slots - first * PAGE_SIZE, rows_in_use(end, per_frame, self.device)[first:]
+        inv_freq = writer.inv_freq.to(self.device)
         with self._lock:
             self._tokens.rows[self.frames : end] = tokens[offset : offset + count]
             self._clear_pages(self.num_pages, pages)
             for block, keys_values in enumerate(projected):
-                key, value = (self._of_frames(rows, writer.batch, offset, count) for rows in keys_values)
+                # A memory in files stays there, wherever the model is.
+                key, value = (self._of_frames(r, writer.batch, offset, count).to(self.device) for r in keys_values)
                 keys, values, summaries = (
                     pools[block].rows[first:pages] for pools in (self._keys, self._values, self._summaries)
                 )
-                ext.page_write_(key, value, position_ids, inside, writer.inv_freq, keys, values, summaries, lengths)
+                ext.page_write_(key, value, position_ids, inside, inv_freq, keys, values, summaries, lengths)
             before, self.frames = self.frames, end
         self._tokens.release(before, end)
         for pool in self._page_pools():

@@ -15,6 +15,7 @@ from hourllava.errors import ModelError, VideoError
 from hourllava.memory import MemoryShape, VideoMemory, scratch_files
 from hourllava.video import VideoReader, open_video, resize_frames
 
+from .configuration import HourLlavaConfig
 from .memaug import rotary_frequencies
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 # Frames in one pass through the tower. A pass costs the same however few frames it is given, so that a frame's numbers
 # never depend on its neighbours; more frames a pass would make short appends dearer without making long ones faster.
 BATCH = 16
+CHUNK = 4 * BATCH  # frames taken from the decoder at a time, and committed together
 
 Source = str | os.PathLike[str] | Tensor | Iterable[Tensor]
 
@@ -36,22 +38,12 @@ class FrameWriter:
         config, weight = model.config, model.model.image_newline
         if config.vision_config is None:
             raise ModelError("model", "it was built without a vision tower", "use a model with one to watch videos")
-        decoder = config.text_config
-        head_dim = decoder.hidden_size // decoder.num_attention_heads
-        patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
         self.model = model
         self.device = weight.device
         self.grid = config.video_grid
         self.feature_width = config.vision_width
-        self.shape = MemoryShape(
-            per_frame=min(patches, config.video_grid**2),
-            width=decoder.hidden_size,
-            blocks=config.memaug_depth,
-            kv_heads=decoder.num_key_value_heads,
-            head_dim=head_dim,
-            dtype=weight.dtype,
-        )
-        self.inv_freq = rotary_frequencies(decoder, weight.device)
+        self.shape = memory_shape(config, weight.dtype)
+        self.inv_freq = rotary_frequencies(config.text_config, weight.device)
 
     def fingerprint(self) -> str:
         return memory_fingerprint(self.model)
@@ -74,6 +66,19 @@ class FrameWriter:
         newlines = self.model.model.image_newline.expand(len(tokens), -1)
         rows = torch.cat([tokens.flatten(0, 1), newlines])
         return [block.cross_attn.keys_values(rows) for block in self.model.model.vision_resampler.blocks]
+
+
+def memory_shape(config: HourLlavaConfig, dtype: torch.dtype) -> MemoryShape:
+    """Sizes of the memories that a model with a tower makes in this dtype."""
+    decoder = config.text_config
+    return MemoryShape(
+        per_frame=min(config.patches_per_side, config.video_grid) ** 2,
+        width=decoder.hidden_size,
+        blocks=config.memaug_depth,
+        kv_heads=decoder.num_key_value_heads,
+        head_dim=decoder.hidden_size // decoder.num_attention_heads,
+        dtype=dtype,
+    )
 
 
 def memory_fingerprint(model: "HourLlavaForConditionalGeneration") -> str:
@@ -160,7 +165,7 @@ def _after(frames: int, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
 
 def _chunks(source: VideoReader | Tensor | Iterable[Tensor], size: int) -> Iterator[Tensor]:
     if isinstance(source, VideoReader):
-        return (chunk.frames for chunk in source.chunks(size, chunk=4 * BATCH))
+        return (chunk.frames for chunk in source.chunks(size, chunk=CHUNK))
     if isinstance(source, Tensor):
-        return iter(source.split(4 * BATCH))
+        return iter(source.split(CHUNK))
     return iter(source)
