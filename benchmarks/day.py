@@ -80,6 +80,13 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def own_bytes() -> int:
+    """RAM that is this process's own, no mapped files among it; 0 where the system does not tell."""
+    told = Path("/proc/self/statm")
+    resident, shared = map(int, told.read_text().split()[1:3]) if told.exists() else (0, 0)
+    return (resident - shared) * resource.getpagesize()
+
+
 def run(hours: float, folder: Path) -> dict[str, Any]:
     """Everything that is measured; seconds and bytes."""
     model = load_model("tiny")
@@ -96,6 +103,7 @@ def run(hours: float, folder: Path) -> dict[str, Any]:
         answer, result[f"ask_{name}_in_files"] = timed(lambda memory=memory: model.ask(memory, QUESTION))
     result["peak_after_asking_files"] = peak_bytes()
     del memory
+    own = own_bytes()
     budget = planned.device["pages"] + plan("tiny", 1.0).device["pages"]
     pool = MemoryPool(repository, writer, budget)
     for name in lengths:
@@ -106,7 +114,11 @@ def run(hours: float, folder: Path) -> dict[str, Any]:
     assert again.text == answer.text
     assert torch.equal(again.mass, answer.mass)
     result |= {"peak": peak_bytes(), "disk_day": disk_bytes(folder / "day"), "disk_planned": sum(planned.disk.values())}
-    result |= {"pool": sum(usage.used for usage in pool.usage()), "pool_planned": budget}
+    result |= {
+        "pool": sum(usage.used for usage in pool.usage()),
+        "pool_planned": budget,
+        "pool_in_ram": own_bytes() - own,
+    }
     return result
 
 

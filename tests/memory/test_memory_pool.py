@@ -250,10 +250,11 @@ def test_threads_ask_while_frames_arrive(tmp_path):
     assert free + reclaimable == total  # nobody has kept a pin
 
 
-def test_answers_are_those_of_the_memory_itself(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_answers_are_those_of_the_memory_itself(tmp_path, dtype):
     """Bit for bit, text and evidence, with pages strewn over a pool that others used before; also of a video that is
     shorter than the model remembers."""
-    model = make_model(min_frames=40)
+    model = make_model(min_frames=40).to(dtype)
     writer = FrameWriter(model)
     repository = Repository(tmp_path)
     generator = torch.Generator().manual_seed(0)

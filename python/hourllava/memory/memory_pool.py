@@ -126,7 +126,7 @@ class MemoryPool:
     def usage(self) -> list[TierUsage]:
         """How full each tier is, the device's first."""
         tiers = [self._device] if self._host is None else [self._device, self._host]
-        entries, found = sorted(self._entries.items()), []
+        entries, found = sorted(self._entries.copy().items()), []
         for tier in tiers:
             total, free, reclaimable = tier.allocator.counts()
             names = tuple(name for name, entry in entries if entry.tier is tier)
@@ -240,13 +240,15 @@ class MemoryPool:
         name, entry = next((n, e) for n, e in self._entries.items() if e.tier is tier and e.lease == lease)
         del self._entries[name]
         host = self._host
-        if tier is self._device and host is not None:
-            with contextlib.suppress(AdmissionError):  # then it is only on the disk
-                moved, pages = self._taken(host, len(entry.table), entry.table[:0], name)
-                host.copy(pages, tier, entry.table)
-                host.allocator.unpin(moved)
-                self._entries[name] = _Entry(entry.video, host, moved, pages)
-        tier.allocator.release(lease)
+        try:
+            if tier is self._device and host is not None:
+                with contextlib.suppress(AdmissionError):  # then it is only on the disk
+                    moved, pages = self._taken(host, len(entry.table), entry.table[:0], name)
+                    host.copy(pages, tier, entry.table)
+                    host.allocator.unpin(moved)
+                    self._entries[name] = _Entry(entry.video, host, moved, pages)
+        finally:
+            tier.allocator.release(lease)
 
     def _release(self, name: str) -> None:
         entry = self._entries.pop(name, None)
