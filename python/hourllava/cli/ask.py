@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hourllava.cli.watch import check_output, take_in, warn_of_loss
-from hourllava.errors import HourLlavaError, QuestionError
+from hourllava.cli.watch import check_picture, take_in, warn_of_loss
+from hourllava.errors import QuestionError
 
 if TYPE_CHECKING:
     from hourllava.memory import VideoMemory
@@ -22,6 +22,7 @@ class AskRequest:
     questions: list[str]
     model: str
     plot: Path | None
+    evidence: Path | None
     json: bool
     progress: bool
     subtitles: Path | None = None
@@ -36,10 +37,9 @@ def ask(request: AskRequest) -> bool:
     for number, question in enumerate(request.questions, 1):
         if not question.strip():
             raise QuestionError(f"question {number}", "it is empty", "ask something about the video")
-    if request.plot:
-        check_output(request.plot)
-        if request.plot.suffix.lower() != ".png":
-            raise HourLlavaError(request.plot, "the picture is written as PNG", "let its name end in .png")
+    for picture in (request.plot, request.evidence):
+        if picture:
+            check_picture(picture)
     from tqdm import tqdm
 
     from hourllava.model import Subtitles, load_model
@@ -47,12 +47,20 @@ def ask(request: AskRequest) -> bool:
     subtitles = Subtitles.read(request.subtitles) if request.subtitles else Subtitles(())
     model = load_model(request.model)
     memory, times = take_in(model, request.video, request.progress)
+    film = None
+    if request.evidence:
+        from hourllava.cli.evidence import film_of, write_contact_sheet
+
+        film = film_of(request.video, memory)
     asked = tqdm(request.questions, "answering", unit="question", disable=not request.progress)
     answers = [model.ask(memory, subtitles.join(question.strip(), memory.frames)) for question in asked]
+    answered = list(zip(request.questions, answers, strict=True))
     if request.plot:
         from hourllava.cli.plot import plot_attention
 
-        plot_attention(request.plot, list(zip(request.questions, answers, strict=True)), request.video.name)
+        plot_attention(request.plot, answered, request.video.name)
+    if request.evidence and film:
+        write_contact_sheet(request.evidence, answered, film)
     if request.json:
         print(json.dumps(_document(request, memory, times, answers), ensure_ascii=False))
     else:
@@ -75,6 +83,7 @@ def _document(
         "damage": memory.damage,
         "watch": times,
         "plot": str(request.plot) if request.plot else None,
+        "evidence": str(request.evidence) if request.evidence else None,
         "answers": [
             {
                 "question": question,

@@ -90,6 +90,9 @@ def _add_ask(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "--subtitles", metavar="FILE", type=Path, help="subtitles (SRT or WebVTT) that are put before each question"
     )
     ask.add_argument("--plot", metavar="PNG", type=Path, help="draw attention over time into this file")
+    ask.add_argument(
+        "--evidence", metavar="PNG", type=Path, help="put the pictures of each answer's top moments into this file"
+    )
     ask.add_argument("--json", action="store_true", help="print one JSON document instead of text")
     _add_model(ask)
     _add_progress(ask)
@@ -185,8 +188,17 @@ def _ask(args: argparse.Namespace) -> int:
 
     progress = args.progress or sys.stderr.isatty()
     questions = [question.encode(errors="replace").decode() for question in args.questions]
-    lost = ask(AskRequest(args.video, questions, args.model, args.plot, args.json, progress, args.subtitles))
-    return EXIT_LOSS if lost else EXIT_OK
+    request = AskRequest(
+        video=args.video,
+        questions=questions,
+        model=args.model,
+        plot=args.plot,
+        evidence=args.evidence,
+        json=args.json,
+        progress=progress,
+        subtitles=args.subtitles,
+    )
+    return EXIT_LOSS if ask(request) else EXIT_OK
 
 
 def _watch(args: argparse.Namespace) -> int:

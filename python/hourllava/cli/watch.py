@@ -56,7 +56,7 @@ def watch_into(entry: Path, video: Path, model_name: str, precision: str, pages:
     if entry.name in [held.name for held in repository.videos()]:
         memory = repository.open(entry.name, writer)
     else:
-        memory = repository.add(entry.name, writer, precision, pages, str(video))
+        memory = repository.add(entry.name, writer, precision, pages, str(video.absolute()))
     held = memory.frames
     model.watch(video, progress=progress, into=memory)
     print(f"{entry}: {clock(memory.frames)} of {video}, {clock(memory.frames - held)} of it new")
@@ -82,11 +82,18 @@ def take_in(
         memory = VideoMemory.load(source)
         model.attach(memory)
         return memory, {"load": time.perf_counter() - began}
-    if Repository.is_at(source.parent) and source.is_dir():
+    if is_kept(source):
         memory = Repository(source.parent).open(source.name, FrameWriter(model), append=False)
         return memory, {"load": time.perf_counter() - began}
     memory = model.watch(source, progress=progress, into=folder)
     return memory, {word: memory.timings[stage] for stage, word in STAGES.items()}
+
+
+def is_kept(source: Path) -> bool:
+    """Whether a path means a memory and no video: a memory file, or REPOSITORY/NAME."""
+    from hourllava.memory import Repository
+
+    return is_memory_file(source) or (Repository.is_at(source.parent) and source.is_dir())
 
 
 def is_memory_file(path: Path) -> bool:
@@ -96,6 +103,13 @@ def is_memory_file(path: Path) -> bool:
             return file.read(10)[8:] == b'{"'
     except OSError:
         return False  # the reader of videos says what is wrong with it
+
+
+def check_picture(path: Path) -> None:
+    """`check_output` for a picture, which has to be a PNG."""
+    check_output(path)
+    if path.suffix.lower() != ".png":
+        raise HourLlavaError(path, "the picture is written as PNG", "let its name end in .png")
 
 
 def check_output(path: Path) -> None:

@@ -19,7 +19,7 @@ class Video:
     """What the catalogue says of a video."""
 
     name: str
-    source: str  # where it came from, for people
+    source: str  # the path of its file, or where else it came from; empty if unknown
     model: str  # fingerprint of what made the pages
     tower: str  # fingerprint of what made the features
     precision: str  # of the features that are kept

@@ -66,7 +66,7 @@ class Repository:
             writer: the model.
             precision: of the features that are kept, "bfloat16" or "int8" (with a scale per token).
             pages: keep ready pages, too: several times the room, and the memory reopens at once.
-            source: where the video came from, for people.
+            source: absolute path of the video, or where else it comes from.
 
         Raises:
             MemoryFileError: there is a video of that name, the name cannot be a folder's, or the disk is full.
@@ -127,6 +127,7 @@ class Repository:
         else:
             memory = self._rebuilt(video, writer, journal)
         memory.damage, memory.path = video.damage or None, str(self.folder / name)
+        memory.source = video.source or None
         if writer is not None:
             memory.attach(writer)
         memory._journal = journal

@@ -113,6 +113,7 @@ class VideoMemory:
         timings: seconds spent so far on "decode", "encode" and "write".
         damage: one line on what of the video could not be read, or None.
         path: the file that the memory was loaded from, or None.
+        source: absolute path of the video that was watched, or None; the memory does not need it.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class VideoMemory:
         self.timings = {"decode": 0.0, "encode": 0.0, "write": 0.0}
         self.damage: str | None = None
         self.path: str | None = None
+        self.source: str | None = None
         self._writer: MemoryWriter | None = None
         self._journal: Journal | None = None
         self._lock = threading.Lock()  # held while rows are written
@@ -279,7 +281,8 @@ class VideoMemory:
         for name, pool in named.items():
             count = self.frames if pool is self._tokens else self.num_pages
             tensors[name] = Pieces(pool.rows.dtype, (count, *pool.rows.shape[1:]), pool.pieces(count))
-        write_memory_file(path, tensors, {"model": self.fingerprint, "damage": self.damage or ""})
+        notes = {"model": self.fingerprint, "damage": self.damage or "", "source": self.source or ""}
+        write_memory_file(path, tensors, notes)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "VideoMemory":
@@ -295,6 +298,7 @@ class VideoMemory:
         shape = MemoryShape(tokens.shape[1], tokens.shape[2], blocks, keys.shape[1], keys.shape[3], tokens.dtype)
         memory = cls(shape, notes["model"], tokens.device)
         memory.frames, memory.damage, memory.path = len(tokens), notes["damage"] or None, os.fspath(path)
+        memory.source = notes.get("source") or None  # files of earlier versions do not say
         memory._tokens = Pool.of(tokens)
         memory._keys = [Pool.of(tensors[f"blocks.{block}.key_pages"]) for block in range(blocks)]
         memory._values = [Pool.of(tensors[f"blocks.{block}.value_pages"]) for block in range(blocks)]

@@ -126,6 +126,8 @@ def watch(
     expected = opened.frames_expected if isinstance(opened, VideoReader) else None
     if isinstance(opened, Tensor):
         expected = len(opened)
+    if isinstance(source, str | os.PathLike):
+        memory.source = os.path.abspath(source)
     memory.reserve(expected or 0)
     chunks = _after(memory.frames, _chunks(opened, model.config.vision_config.image_size))
     with tqdm(total=expected, initial=memory.frames, unit="s", desc="watching", disable=not progress) as bar:

@@ -4,6 +4,7 @@
 from hourllava.video.clock import clock
 from hourllava.video.reader import FrameChunk, ReadReport, VideoReader, open_video
 from hourllava.video.resize import resize_frames
+from hourllava.video.stills import stills
 from hourllava.video.writer import write_video
 
-__all__ = ["FrameChunk", "ReadReport", "VideoReader", "clock", "open_video", "resize_frames", "write_video"]
+__all__ = ["FrameChunk", "ReadReport", "VideoReader", "clock", "open_video", "resize_frames", "stills", "write_video"]
