@@ -174,16 +174,6 @@ def test_moments_are_runs_that_stand_out():
     assert len(find_moments(torch.tensor([1.0, 0, 0, 0] * 9), limit=4)) == 4
 
 
-def test_budget_of_pages():
-    model = make_model()
-    memory = model.watch(make_frames(150), progress=False)
-    exact = model.ask(memory, QUESTION)
-    assert model.ask(memory, QUESTION, budget_pages=memory.num_pages).top_tokens == exact.top_tokens
-    few = model.ask(memory, QUESTION, budget_pages=4)
-    # Two blocks may each choose four pages of two seconds.
-    assert 0 < int((few.mass > 0).sum()) <= 16
-
-
 def test_saved_memory_answers_and_grows(tmp_path):
     model = make_model()
     video = make_frames(50)

@@ -2,7 +2,7 @@
 """`hourllava ask`: watch a video or open a memory, ask, and show answers with their evidence."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from hourllava.errors import QuestionError
 
 if TYPE_CHECKING:
     from hourllava.memory import VideoMemory
-    from hourllava.model import Answer
+    from hourllava.model import Answer, Budget
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class AskRequest:
     json: bool
     progress: bool
     subtitles: Path | None = None
+    budget: "Budget | None" = None
 
 
 def ask(request: AskRequest) -> bool:
@@ -53,7 +54,9 @@ def ask(request: AskRequest) -> bool:
 
         film = film_of(request.video, memory)
     asked = tqdm(request.questions, "answering", unit="question", disable=not request.progress)
-    answers = [model.ask(memory, subtitles.join(question.strip(), memory.frames)) for question in asked]
+    answers = [
+        model.ask(memory, subtitles.join(question.strip(), memory.frames), budget=request.budget) for question in asked
+    ]
     answered = list(zip(request.questions, answers, strict=True))
     if request.plot:
         from hourllava.cli.plot import plot_attention
@@ -81,6 +84,7 @@ def _document(
         "model": request.model,
         "seconds": memory.frames,
         "damage": memory.damage,
+        "budget": asdict(request.budget) if request.budget else None,
         "watch": times,
         "plot": str(request.plot) if request.plot else None,
         "evidence": str(request.evidence) if request.evidence else None,

@@ -9,6 +9,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -68,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     add_plan(commands)
     _add_train(commands)
     _add_evaluate(commands)
+    _add_retrieval_report(commands)
     _add_convert(commands)
     doctor = commands.add_parser("doctor", help="say what is installed, which kernels are live, and what is missing")
     doctor.set_defaults(run=_doctor)
@@ -94,6 +96,20 @@ def _add_ask(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "--evidence", metavar="PNG", type=Path, help="put the pictures of each answer's top moments into this file"
     )
     ask.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+    ask.add_argument(
+        "--budget",
+        metavar="SIZE",
+        help="read no more of the memory than this: 128p (pages), 60s or 1/16 (default: all)",
+    )
+    _add_choices(ask)
+    ask.add_argument(
+        "--keep",
+        metavar="FROM-TO",
+        type=_span,
+        action="append",
+        default=[],
+        help="with --budget: read these seconds whatever their score, as 12:04-12:30",
+    )
     _add_model(ask)
     _add_progress(ask)
     ask.set_defaults(run=_ask)
@@ -145,6 +161,34 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     evaluate.set_defaults(run=_evaluate)
 
 
+def _add_retrieval_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    report = commands.add_parser(
+        "retrieval-report",
+        help="measure what reading a part of the memory costs and saves",
+        description=(
+            "Ask the questions of held-out films with budgets of 1/2 to 1/64 of the pages, and compare attention, "
+            "answers and time with reading all of them. A default budget follows from the table."
+        ),
+    )
+    report.add_argument("--videos", metavar="N", type=_positive, default=3, help="how many films (default: 3)")
+    report.add_argument(
+        "--seconds", metavar="N", type=_positive, default=3600, help="how long each film is (default: 3600)"
+    )
+    _add_choices(report)
+    report.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
+    report.add_argument("--plot", metavar="PNG", type=Path, help="draw the curves into this file")
+    report.add_argument(
+        "--folder",
+        metavar="DIR",
+        type=Path,
+        default=Path("build/evaluate"),
+        help="where films and their features are kept (default: build/evaluate)",
+    )
+    _add_model(report)
+    _add_progress(report)
+    report.set_defaults(run=_retrieval_report)
+
+
 def _add_convert(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     convert = commands.add_parser(
         "convert",
@@ -170,6 +214,29 @@ def _add_progress(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--progress", action="store_true", help="show the progress bar even if stderr is no terminal")
 
 
+def _add_choices(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--score",
+        choices=("both", "content", "rotated"),
+        default="both",
+        help="what pages are chosen by: content, place (rotated) or both (default: both)",
+    )
+    parser.add_argument(
+        "--tile", metavar="ROWS", type=_positive, help="let every so many query rows choose their own pages"
+    )
+
+
+def _span(text: str) -> tuple[float, float]:
+    from hourllava.video import seconds_of_clock
+
+    start, _, end = text.partition("-")
+    try:
+        span = seconds_of_clock(start), seconds_of_clock(end)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no span of time, write 12:04-12:30") from error
+    return span
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
@@ -188,6 +255,14 @@ def _ask(args: argparse.Namespace) -> int:
 
     progress = args.progress or sys.stderr.isatty()
     questions = [question.encode(errors="replace").decode() for question in args.questions]
+    budget = None
+    if args.budget is not None:
+        from hourllava.model import Budget
+
+        size = Budget.parse(args.budget)
+        budget = replace(size, mode=args.score, tile=args.tile, keep=tuple(args.keep))
+    elif args.keep or args.tile or args.score != "both":
+        raise HourLlavaError("--keep, --tile and --score", "they choose what a budget reads", "give --budget, too")
     request = AskRequest(
         video=args.video,
         questions=questions,
@@ -197,6 +272,7 @@ def _ask(args: argparse.Namespace) -> int:
         json=args.json,
         progress=progress,
         subtitles=args.subtitles,
+        budget=budget,
     )
     return EXIT_LOSS if ask(request) else EXIT_OK
 
@@ -224,6 +300,12 @@ def _evaluate(args: argparse.Namespace) -> int:
     from hourllava.evaluate import main as evaluate
 
     return evaluate(videos=args.videos, model=args.model)
+
+
+def _retrieval_report(args: argparse.Namespace) -> int:
+    from hourllava.cli.retrieval import retrieval_report
+
+    return retrieval_report(args)
 
 
 def _convert(args: argparse.Namespace) -> int:

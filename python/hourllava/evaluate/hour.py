@@ -75,14 +75,10 @@ def evaluate(
     model: HourLlavaForConditionalGeneration, test: HourTest, folder: Path
 ) -> tuple[Tally, list[dict[str, object]]]:
     """Render, watch and ask; returns the counts and a record of every answer."""
-    folder.mkdir(parents=True, exist_ok=True)
     tally, answers = Tally(), []
     progress = tqdm(range(test.videos), "films", unit="film")
     for index in progress:
-        film = Film.random(test.first_film + index, test.seconds)
-        path = folder / f"film-{test.seconds}s-{index}.mp4"
-        if not path.exists():
-            film.write(path, progress=False)
+        film, path = rendered(test, index, folder)
         full, uniform = _watch(model, path)
         _count_kept_events(tally, model, film)
         for question in choose_questions(film, test.per_topic):
@@ -98,6 +94,16 @@ def evaluate(
             answers.append({"film": index, "topic": topic, **asdict(question), "replies": replies})
         progress.set_postfix({arm: f"{tally.accuracy(arm):.2f}" for arm in ARMS})
     return tally, answers
+
+
+def rendered(test: HourTest, index: int, folder: Path) -> tuple[Film, Path]:
+    """One film of a test and its MP4 file in `folder`, which is made unless it is there."""
+    film = Film.random(test.first_film + index, test.seconds)
+    path = folder / f"film-{test.seconds}s-{index}.mp4"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        film.write(path, progress=False)
+    return film, path
 
 
 def choose_questions(film: Film, per_topic: int) -> list[Question]:

@@ -2,6 +2,7 @@
 """The model: configuration, tower, MemAug, forgetting, and watching and asking on top of a memory."""
 
 from .asking import Answer, AskOptions, Moment
+from .budget import Budget
 from .configuration import HourLlavaConfig, tiny_config
 from .conversion import convert_to_original
 from .loading import load_model
@@ -15,6 +16,7 @@ from .watching import FrameWriter
 __all__ = [
     "Answer",
     "AskOptions",
+    "Budget",
     "FrameWriter",
     "HourLlavaConfig",
     "HourLlavaForConditionalGeneration",

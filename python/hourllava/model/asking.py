@@ -13,6 +13,7 @@ from hourllava.memory import HeldMemory, MemoryPages, MemoryPrefix, VideoMemory
 from hourllava.memory.pages import PAGE_SIZE, frame_slots, video_layout
 from hourllava.video import clock
 
+from .budget import Budget, as_budget
 from .forgetting import Forgetting, remembered_frames, spread_frames
 from .inputs import check_length
 from .memaug import MemoryUse
@@ -50,6 +51,7 @@ class Answer:
     mass: Tensor  # (T,) float32: each second's share of the question's attention to frames, summing to 1
     timings: dict[str, float]  # seconds: "memaug", "decode_text", "total"
     top_tokens: list[tuple[str, float]]  # the likeliest first tokens of the answer and their probabilities
+    page_mass: Tensor | None = None  # (blocks, P) each page's share of the question's attention; None without memory
 
     def __str__(self) -> str:
         return self.text
@@ -65,7 +67,7 @@ class AskOptions:
     """How a question is asked; the defaults are the paper's model, answered greedily."""
 
     max_new_tokens: int = 16
-    budget_pages: int | None = None  # pages that each MemAug block may read, chosen by `retrieve`
+    budget: Budget | str | None = None  # how much of the memory each MemAug block may read; None reads all of it
     memaug: bool = True  # False: the decoder gets the kept tokens as they are
     use_memory: bool = True  # False: MemAug runs without its attention to the memory
     temporal_forgetting: str | None = None  # instead of the config's rules and seed
@@ -83,9 +85,11 @@ def ask(
     started = time.perf_counter()
     memory.check_model(memory_fingerprint(model))
     seen = memory.prefix()
+    if not seen.frames:
+        raise QuestionError("question", "the memory holds no second yet", "ask again when something has been watched")
     instruction = time_instruction(float(seen.frames), seen.frames) if model.config.time_instruction else None
     ids, query_mask = build_prompt(model.tokenizer, question.strip(), instruction)
-    embeds, mass = _prefill(model, seen, ids.to(model.device), query_mask.to(model.device), options)
+    embeds, mass, page_mass = _prefill(model, seen, ids.to(model.device), query_mask.to(model.device), options)
     augmented = time.perf_counter()
     end = model.tokenizer.convert_tokens_to_ids("<|im_end|>")
     written = model.generate(
@@ -103,7 +107,7 @@ def ask(
     top = [(str(model.tokenizer.decode([t])), p) for t, p in zip(token.tolist(), probability.tolist(), strict=True)]
     done = time.perf_counter()
     timings = {"memaug": augmented - started, "decode_text": done - augmented, "total": done - started}
-    return Answer(text, find_moments(mass), mass, timings, top)
+    return Answer(text, find_moments(mass), mass, timings, top, page_mass)
 
 
 def _prefill(
@@ -112,8 +116,8 @@ def _prefill(
     ids: Tensor,
     query_mask: Tensor,
     options: AskOptions,
-) -> tuple[Tensor, Tensor]:
-    """The decoder's input (1, M, C), and each second's share of the question's attention (T,)."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The decoder's input (1, M, C), each second's share of the question's attention (T,), each page's (blocks, P)."""
     is_image = model.image_tokens(ids)[None]
     frames, per_frame = remembered_frames(model.config, memory.frames), memory.tokens.shape[1]
     tokens = repeat_frames(model.config, memory.tokens)
@@ -128,18 +132,24 @@ def _prefill(
     final = interleave(is_image, ~is_image, lengths)
     limit = model.config.text_config.max_position_embeddings
     check_length("question", final.lengths[0] + options.max_new_tokens, lengths[0], limit)
-    visual, mass = kept.tokens, tokens.new_zeros(memory.frames, dtype=torch.float32)
+    visual, mass, page_mass = kept.tokens, tokens.new_zeros(memory.frames, dtype=torch.float32), None
     if options.memaug:
         span = [frames * (per_frame + 1)]
         rows, stream = query_stream(is_image, query_mask[None], kept.position_ids, lengths, span)
-        use = MemoryUse(options.use_memory, options.budget_pages, _evidence_rows(rows) if options.use_memory else None)
+        second, budget = seconds_of(memory.frames, frames).to(newline.device), as_budget(options.budget)
         pages = _pages(model, memory, tokens)
+        use = MemoryUse(
+            options.use_memory,
+            budget.resolve(second, memory.frames, per_frame, pages[0]) if budget else None,
+            _evidence_rows(rows) if options.use_memory else None,
+        )
         queries = torch.cat([text, kept.tokens])[rows.order]
         augmented, page_mass = model.model.vision_resampler(queries, stream, pages, use)
         visual = augmented[rows.visual]
         if page_mass is not None:
-            mass = _mass_of_seconds(page_mass[pages[0].page_table[0]], frames, memory)
-    return torch.cat([text, visual])[final.order][None], mass
+            page_mass = page_mass[:, pages[0].page_table[0]]
+            mass = _mass_of_seconds(page_mass.mean(0), second, memory)
+    return torch.cat([text, visual])[final.order][None], mass, page_mass
 
 
 def _evidence_rows(rows: Interleaved) -> Tensor:
@@ -157,17 +167,22 @@ def _pages(model: "HourLlavaForConditionalGeneration", memory: MemoryPrefix, tok
     return model.model.vision_resampler.write(rows, layout)
 
 
-def _mass_of_seconds(page_mass: Tensor, frames: int, memory: MemoryPrefix) -> Tensor:
-    """Spread each page's attention evenly over its rows and sum by second, newlines left out: (T,), summing to 1."""
-    per_frame = memory.tokens.shape[1]
+def seconds_of(seconds: int, frames: int) -> Tensor:
+    """The second (frames,) of a video that each frame of its memory shows: its own unless the video is repeated."""
+    return torch.arange(frames) if frames == seconds else spread_frames(seconds, frames)
+
+
+def _mass_of_seconds(page_mass: Tensor, second: Tensor, memory: MemoryPrefix) -> Tensor:
+    """Spread each page's attention evenly over its rows and sum by second, newlines left out: (T,), summing to 1.
+
+    `second` is that of each frame of the memory.
+    """
+    frames, per_frame = len(second), memory.tokens.shape[1]
     slots, _ = frame_slots(torch.arange(frames, device=page_mass.device), per_frame)
     page = slots[: frames * per_frame] // PAGE_SIZE
     share = page_mass.to(torch.float32) / torch.bincount(page, minlength=len(page_mass)).clamp(min=1)
     by_frame = share[page].view(frames, per_frame).sum(1)
-    second = torch.arange(memory.frames, device=page_mass.device)
-    if frames != memory.frames:
-        second = spread_frames(memory.frames, frames).to(page_mass.device)
-    mass = page_mass.new_zeros(memory.frames, dtype=torch.float32).index_add(0, second[:frames], by_frame)
+    mass = page_mass.new_zeros(memory.frames, dtype=torch.float32).index_add(0, second, by_frame)
     return (mass / mass.sum().clamp(min=torch.finfo(mass.dtype).tiny)).cpu()
 
 

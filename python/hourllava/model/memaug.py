@@ -17,11 +17,21 @@ from .stream import QueryStream
 
 
 @dataclass(frozen=True)
+class PageBudget:
+    """Which pages a block reads instead of all: those that `retrieve` chooses."""
+
+    pages: int  # for each choice
+    mode: str = "both"  # dims that score a page
+    tile: int | None = None  # query rows that share a choice; None: all rows of a sample
+    keep: Tensor | None = None  # (P,) bool, read whatever their score
+
+
+@dataclass(frozen=True)
 class MemoryUse:
     """How a forward pass reads the memory; the defaults are the paper's model."""
 
     use_memory: bool = True  # False drops the cross-attention term, keeping everything else
-    budget_pages: int | None = None  # pages each block may read, chosen by `retrieve`; None reads all
+    budget: PageBudget | None = None  # None reads all
     mass_weight: Tensor | None = None  # (M,) weight of each query row in the returned attention mass
 
 
@@ -81,18 +91,31 @@ class CrossAttention(nn.Module):
         rows' attention (P,) if asked for.
         """
         query = self.Wq(x).view(len(x), -1, self.head_dim)
-        where = (stream.position_ids, stream.cu_seqlens, inv_freq)
-        table = pages.page_table
-        if use.budget_pages is not None:
-            table = ext.retrieve(query, *where, pages.key_summary, table, pages.page_lengths, use.budget_pages)
+        bounds, table, budget = stream.cu_seqlens, pages.page_table, use.budget
+        if budget is not None:
+            bounds, table = _tiles(stream, table, budget.tile)
+            table = ext.retrieve(
+                query,
+                stream.position_ids,
+                bounds,
+                inv_freq,
+                pages.key_summary,
+                table,
+                pages.page_lengths,
+                budget.pages,
+                budget.keep,
+                budget.mode,
+            )
+        where = (stream.position_ids, bounds, inv_freq)
         out, lse, *mass = ext.paged_attention(
             query, pages.key_pages, pages.value_pages, table, pages.page_lengths, *where, mass_weight=use.mass_weight
         )
         page_mass = None
-        if mass:
+        if mass and use.mass_weight is not None:
+            share = mass[0] * _share_of_sample(use.mass_weight, bounds, stream.cu_seqlens)[:, None]
             listed = table >= 0
-            page_mass = mass[0].new_zeros(len(pages.page_lengths))
-            page_mass = page_mass.index_add(0, table[listed].to(torch.int64), mass[0][listed])
+            page_mass = share.new_zeros(len(pages.page_lengths))
+            page_mass = page_mass.index_add(0, table[listed].to(torch.int64), share[listed])
         return self.Wo(out.flatten(1)), lse, page_mass
 
 
@@ -159,15 +182,36 @@ class MemAug(nn.Module):
             use: how to read them.
 
         Returns:
-            (M, C), and with `use.mass_weight` the share of attention that each page of the pool received, averaged
-            over heads, weighted rows and blocks: (P,).
+            (M, C), and with `use.mass_weight` the share of attention that each page of the pool received in each block,
+            averaged over heads and weighted rows: (blocks, P).
         """
         inv_freq = rotary_frequencies(self.config, x.device)
         masses = []
         for block, own in zip(self.blocks, pages, strict=True):
             x, page_mass = block(x, own.key_pages, own.value_pages, stream, inv_freq, own, use)
             masses.append(page_mass)
-        return x, None if masses[0] is None else torch.stack(masses).mean(0)
+        return x, None if masses[0] is None else torch.stack(masses)
+
+
+def _tiles(stream: QueryStream, table: Tensor, size: int | None) -> tuple[Tensor, Tensor]:
+    """Bounds (tiles + 1,) of tiles of at most `size` rows of one sample, and each tile's row of the table."""
+    if size is None:
+        return stream.cu_seqlens, table
+    counts = torch.tensor([-(-length // size) for length in stream.lengths], device=table.device)
+    starts = [start for length in stream.lengths for start in range(0, length, size)]
+    first = stream.cu_seqlens[:-1].repeat_interleave(counts) + torch.tensor(
+        starts, dtype=torch.int64, device=table.device
+    )
+    return torch.cat([first, stream.cu_seqlens[-1:]]), table.repeat_interleave(counts, 0)
+
+
+def _share_of_sample(weight: Tensor, bounds: Tensor, samples: Tensor) -> Tensor:
+    """How much of its sample's weight of rows each tile has, (tiles,): what a mean over its rows counts."""
+    total = torch.cat([weight.new_zeros(1, dtype=torch.float64), weight.double().cumsum(0)])
+    of_tile = total[bounds[1:]] - total[bounds[:-1]]
+    of_sample = total[samples[1:]] - total[samples[:-1]]
+    owner = torch.searchsorted(samples[1:-1].contiguous(), bounds[:-1].contiguous(), right=True)
+    return torch.where(of_tile > 0, of_tile / of_sample[owner], 0).to(weight.dtype)
 
 
 def _attend_within_samples(query: Tensor, key: Tensor, value: Tensor, stream: QueryStream) -> Tensor:

@@ -1,10 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Video files in, one frame per second and bounded memory; and out, for rendered films."""
 
-from hourllava.video.clock import clock
+from hourllava.video.clock import clock, seconds_of_clock
 from hourllava.video.reader import FrameChunk, ReadReport, VideoReader, open_video
 from hourllava.video.resize import resize_frames
 from hourllava.video.stills import stills
 from hourllava.video.writer import write_video
 
-__all__ = ["FrameChunk", "ReadReport", "VideoReader", "clock", "open_video", "resize_frames", "stills", "write_video"]
+__all__ = [
+    "FrameChunk",
+    "ReadReport",
+    "VideoReader",
+    "clock",
+    "open_video",
+    "resize_frames",
+    "seconds_of_clock",
+    "stills",
+    "write_video",
+]

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much of a memory a question may read: stated in pages, seconds or a share, resolved to pages of that memory."""
+
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hourllava.errors import InputError
+from hourllava.memory.pages import PAGE_SIZE, frame_slots, page_count
+
+from .memaug import PageBudget
+
+MODES = ("both", "content", "rotated")
+FORMS = "write pages as 128p, seconds as 60s, or a share as 1/16"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The most that each MemAug block may read, for every choice that it makes: one of pages, seconds and part.
+
+    Which pages those are, `retrieve` decides from their summaries, block by block.
+
+    Raises:
+        InputError: not one of the three is given, a number is too small, the mode is unknown, a span is empty.
+    """
+
+    pages: int | None = None
+    seconds: float | None = None
+    part: int | None = None  # one page in so many
+    mode: str = "both"  # dims that score a page: those that know positions ("rotated"), the others ("content"), or both
+    tile: int | None = None  # neighbouring query rows that share a choice; None: all of a question's
+    keep: tuple[tuple[float, float], ...] = ()  # spans of seconds that are read whatever their score
+
+    def __post_init__(self) -> None:
+        given = [size for size in (self.pages, self.seconds, self.part) if size is not None]
+        if len(given) != 1 or not given[0] > 0:
+            raise InputError("budget", "it has no size above 0, or more than one", FORMS)
+        if self.mode not in MODES:
+            raise InputError("budget", f"there is no mode {self.mode}", f"choose {', '.join(MODES)}")
+        if self.tile is not None and self.tile < 1:
+            raise InputError("budget", f"a tile of {self.tile} rows holds no query", "give it at least 1")
+        for start, end in self.keep:
+            if not 0 <= start < end:
+                raise InputError(
+                    "budget", f"there is no second from {start:g} to {end:g}", "give the earlier one first"
+                )
+
+    @classmethod
+    def parse(cls, text: str) -> "Budget":
+        """A budget of `128p` (pages), `60s` (seconds) or `1/16` (of the pages).
+
+        Raises:
+            InputError: it is none of these.
+        """
+        found = re.fullmatch(r"(?P<pages>\d+)p|(?P<seconds>\d+(\.\d+)?)s|1/(?P<part>\d+)", text.strip())
+        if found is None:
+            raise InputError("budget", f"{text!r} is no budget", FORMS)
+        pages, seconds, part = (found[name] for name in ("pages", "seconds", "part"))
+        if pages is not None:
+            return cls(pages=int(pages))
+        return cls(seconds=float(seconds)) if seconds is not None else cls(part=int(part))
+
+    def resolve(self, second: Tensor, seconds: int, per_frame: int) -> PageBudget:
+        """The budget in pages of one memory.
+
+        Args:
+            second: (T,) int64, the second of the video that each frame of the memory shows; short videos are repeated.
+            seconds: of the video.
+            per_frame: visual tokens of a frame.
+
+        Raises:
+            InputError: what is always read does not fit.
+        """
+        frames = len(second)
+        every = page_count(frames, per_frame)
+        if self.pages is not None:
+            pages = self.pages
+        elif self.part is not None:
+            pages = math.ceil(every / self.part)
+        else:
+            assert self.seconds is not None
+            pages = page_count(math.ceil(min(self.seconds / seconds, 1) * frames), per_frame)
+        kept = None
+        if self.keep:
+            kept = self._kept_pages(second, per_frame, every)
+            count = int(kept.sum())
+            if count > pages:
+                why = f"what is always read takes {count} pages, and the budget is {pages}"
+                raise InputError("budget", why, "give a larger budget, or keep less")
+        return PageBudget(pages, self.mode, self.tile, kept)
+
+    def _kept_pages(self, second: Tensor, per_frame: int, pages: int) -> Tensor:
+        """Pages that hold anything of the spans, (P,) bool; a span ends before its last second."""
+        inside = torch.zeros_like(second, dtype=torch.bool)
+        for start, end in self.keep:
+            inside |= (second + 1 > start) & (second < end)
+        slots, _ = frame_slots(inside.nonzero()[:, 0], per_frame)
+        kept = torch.zeros(pages, dtype=torch.bool, device=second.device)
+        kept[slots // PAGE_SIZE] = True
+        return kept
+
+
+def as_budget(given: "Budget | str | None") -> Budget | None:
+    """What `ask` is given as its budget: an object, or its short form."""
+    return Budget.parse(given) if isinstance(given, str) else given

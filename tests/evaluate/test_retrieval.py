@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The retrieval report measures what it says, and its default follows its rule."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny_model import make_model
+
+from hourllava.cli import main
+from hourllava.evaluate import HourTest, RetrievalReport, measure_retrieval
+from hourllava.evaluate.retrieval import PARTS, Part, recall_of
+from hourllava.model import Answer
+
+
+def report_of(agreements: dict[int, float]) -> RetrievalReport:
+    report = RetrievalReport(1, 3600, 100, "both", None)
+    report.parts = [Part(part, 10, 1, 1, agreement, 1, 1, 0) for part, agreement in agreements.items()]
+    return report
+
+
+def test_rule_of_the_default() -> None:
+    assert report_of({1: 1, 2: 1, 4: 0.99, 8: 0.98, 16: 1}).default == "1/4"  # 1/8 breaks it for all below
+    assert report_of({1: 1, 2: 0.9, 4: 1}).default is None
+    assert report_of({1: 1, 2: 1}).default == "1/2"
+
+
+def test_recall_is_the_exact_attention_on_the_pages_read() -> None:
+    def answer(page_mass: list[list[float]]) -> Answer:
+        return Answer("", [], torch.zeros(1), {}, [], torch.tensor(page_mass))
+
+    exact = answer([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]])
+    assert recall_of(exact, exact) == pytest.approx(1)
+    assert recall_of(answer([[1.0, 0, 0], [0, 0.5, 0.5]]), exact) == pytest.approx((0.5 + 0.9) / 2)
+
+
+def test_a_short_film(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, test = make_model(), HourTest(videos=1, seconds=150, per_topic=0)
+    report = measure_retrieval(model, test, tmp_path, progress=False)
+    assert [row.part for row in report.parts] == [1, *PARTS]
+    exact, *parts = report.parts
+    assert (exact.recall, exact.worst, exact.agreement, exact.saved) == (pytest.approx(1), pytest.approx(1), 1, 0)
+    recalls = [row.recall for row in report.parts]
+    assert recalls == sorted(recalls, reverse=True)
+    for row in parts:
+        assert row.pages <= -(-exact.pages // row.part)
+        assert 0 <= row.worst <= row.recall <= 1
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a frame was encoded again")
+
+    monkeypatch.setattr(model.model.vision_tower, "forward", refuse)
+    again = measure_retrieval(model, test, tmp_path, progress=False)
+    for ours, theirs in zip(again.parts, report.parts, strict=True):
+        assert (ours.pages, ours.recall, ours.agreement) == (theirs.pages, theirs.recall, theirs.agreement)
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, picture = tmp_path / "model", tmp_path / "report.png"
+    model = make_model()
+    model.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    options = ["--model", str(folder), "--folder", str(tmp_path), "--videos", "1", "--seconds", "100", "--tile", "20"]
+    assert main(["retrieval-report", *options, "--plot", str(picture), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [row["part"] for row in document["parts"]] == [1, *PARTS]
+    assert document["tile"] == 20
+    with Image.open(picture) as image:
+        assert image.format == "PNG"
+    assert main(["retrieval-report", *options, "--plot", str(tmp_path / "report.svg")]) == 1
+    assert "let its name end in .png" in capsys.readouterr().err
