@@ -157,20 +157,22 @@ def _mass(
     if tl.load(page_table + row_of_table + place) >= 0:
         for row in range(0, rows, BLOCK_M):
             token, query_head, exists = query_rows(first_token, row, rows, head, query_heads, GROUP, BLOCK_M)
-            at = ((token * query_heads + query_head) * WIDTH)[:, None] + d[None, :]
-            q = tl.load(turned + at, mask=exists[:, None] & (d < WIDTH)[None, :], other=0.0)
-            joint = tl.load(lse + query_head.to(tl.int64) * tokens + token, mask=exists, other=0.0)
             weight = tl.load(mass_weight + token, mask=exists, other=0.0)
             weights += weight
-            for part in range(parts):
-                offsets, valid, there = page_part(
-                    page_table, page_lengths, row_of_table, place * parts + part, head, key_heads, page_size,
-                    WIDTH, BLOCK_N, BLOCK_D,
-                )  # fmt: skip
-                k = tl.load(key_pages + offsets, mask=there, other=0.0)
-                scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-                p = tl.where(valid[None, :], tl.exp2((scores - joint[:, None]) * LOG2E), 0.0)
-                total += weight * tl.sum(p, 1)
+            # Only the rows of a question have a weight, a tile or two of many: the keys are not read for the others.
+            if tl.max(tl.abs(weight), 0) > 0:
+                at = ((token * query_heads + query_head) * WIDTH)[:, None] + d[None, :]
+                q = tl.load(turned + at, mask=exists[:, None] & (d < WIDTH)[None, :], other=0.0)
+                joint = tl.load(lse + query_head.to(tl.int64) * tokens + token, mask=exists, other=0.0)
+                for part in range(parts):
+                    offsets, valid, there = page_part(
+                        page_table, page_lengths, row_of_table, place * parts + part, head, key_heads, page_size,
+                        WIDTH, BLOCK_N, BLOCK_D,
+                    )  # fmt: skip
+                    k = tl.load(key_pages + offsets, mask=there, other=0.0)
+                    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+                    p = tl.where(valid[None, :], tl.exp2((scores - joint[:, None]) * LOG2E), 0.0)
+                    total += weight * tl.sum(p, 1)
     # The weights of tokens were counted once for each head of the group, and so were the shares.
     divisor = tl.sum(weights, 0) * key_heads
     share = tl.where(divisor == 0, 0.0, tl.sum(total, 0) / tl.where(divisor == 0, 1.0, divisor))

@@ -264,9 +264,12 @@ def test_table_order_changes_nothing(device: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", [c for c in ATTENTION if 0 not in c[0]], ids=repr)
-def test_page_mass(device: str, case: tuple, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("few", [False, True])
+def test_page_mass(device: str, case: tuple, dtype: torch.dtype, few: bool) -> None:
     args = [a.detach() for a in attention(case, dtype)[0]]
     weight = torch.rand(len(args[0]))
+    if few:  # as the words of a question among its queries
+        weight[: len(weight) * 2 // 3] = 0
     calls = [
         partial(on(device, hourllava_ext.paged_attention), *args, 0.1, weight),
         partial(reference.paged_attention, *args, 0.1, weight),
