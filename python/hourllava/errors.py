@@ -44,7 +44,7 @@ class RecipeError(HourLlavaError):
 
 
 class QuestionError(HourLlavaError):
-    """A question cannot be asked, because it is empty."""
+    """A question cannot be asked, because it or the memory is empty."""
 
 
 class InputError(HourLlavaError):

@@ -7,9 +7,10 @@ from tiny_model import make_model
 
 from hourllava.errors import InputError, MemoryFileError, ModelError, QuestionError, VideoError
 from hourllava.memory import VideoMemory
-from hourllava.model import build_prompt
+from hourllava.model import FrameWriter, build_prompt
 from hourllava.model.asking import find_moments
 from hourllava.model.inputs import Visual
+from hourllava.model.watching import new_memory
 from hourllava.video import write_video
 
 QUESTION = "Which colour was the circle?"
@@ -253,6 +254,12 @@ def test_empty_question(question):
     memory = model.watch(make_frames(1), progress=False)
     with pytest.raises(QuestionError, match="it is empty"):
         model.ask(memory, question)
+
+
+def test_empty_memory():
+    model = make_model()
+    with pytest.raises(QuestionError, match="holds no second yet"):
+        model.ask(new_memory(FrameWriter(model)), QUESTION)
 
 
 def test_nothing_to_watch():

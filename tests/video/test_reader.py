@@ -115,8 +115,8 @@ def test_other_codecs_are_decoded_whole(tmp_path: Path, codec: str, suffix: str)
 def test_dropping_pictures_changes_no_pixel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clip = write_clip(tmp_path / "clip.mp4", list(range(300)), Fraction(1, 30), options=B_FRAMES)
     decoded = []
-    decode = decoder_module._decode_packet
-    monkeypatch.setattr(decoder_module, "_decode_packet", lambda *a: decoded.append(a) or decode(*a))
+    decode = decoder_module.decode_packet
+    monkeypatch.setattr(decoder_module, "decode_packet", lambda *a: decoded.append(a) or decode(*a))
     fast = torch.cat([chunk.frames for chunk in open_video(clip).chunks(SIDE)])
     with_drop = len(decoded)
     monkeypatch.setattr(decoder_module, "reference_test", lambda *_: None)

@@ -9,6 +9,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -121,11 +122,24 @@ def _add_watch(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="watch a video and save its memory",
         epilog=EPILOG,
         description=(
-            "Watch a video once and save its memory; `hourllava ask MEMORY QUESTION...` then answers without the video."
+            "Watch a video once and save its memory; `hourllava ask MEMORY QUESTION...` answers without the video. "
+            "A memory in a repository can be asked while it grows."
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    watch.add_argument("video", metavar="VIDEO", type=Path, help="a video file")
+    watch.add_argument("video", metavar="VIDEO", help="a video file; with --follow, a stream's address, too")
+    watch.add_argument(
+        "--follow",
+        action="store_true",
+        help="go on with a file that grows or a stream (rtsp://, http://, ...) until Ctrl-C, or until it is idle",
+    )
+    watch.add_argument(
+        "--idle",
+        metavar="SECONDS",
+        type=_positive,
+        default=30,
+        help="with --follow: a source that gives nothing for so long has ended (default: 30)",
+    )
     where = watch.add_mutually_exclusive_group(required=True)
     where.add_argument("-o", "--output", metavar="MEMORY", type=Path, help="the file to write")
     where.add_argument("--into", metavar="REPOSITORY", type=Path, help="a directory of memories to add it to")
@@ -278,14 +292,21 @@ def _ask(args: argparse.Namespace) -> int:
 
 
 def _watch(args: argparse.Namespace) -> int:
-    from hourllava.cli.watch import watch, watch_into
+    from hourllava.cli.watch import stopping, watch, watch_into
+    from hourllava.video import LiveReader, is_url
 
     progress = args.progress or sys.stderr.isatty()
-    if args.into is None:
-        lost = watch(args.video, args.output, args.model, progress)
-    else:
-        name = args.name or args.video.stem
-        lost = watch_into(args.into / name, args.video, args.model, args.precision, args.pages, progress)
+    if is_url(args.video) and not args.follow:
+        raise HourLlavaError(args.video, "it is an address and no file", "add --follow")
+    if is_url(args.video) and args.into is not None and args.name is None:
+        raise HourLlavaError(args.video, "a stream has no file's name to be called by", "add --name")
+    with stopping() if args.follow else nullcontext() as stop:
+        video = LiveReader(args.video, args.idle, stop) if args.follow else Path(args.video)
+        if args.into is None:
+            lost = watch(video, args.output, args.model, progress)
+        else:
+            name = args.name or Path(args.video).stem
+            lost = watch_into(args.into / name, video, args.model, args.precision, args.pages, progress)
     return EXIT_LOSS if lost else EXIT_OK
 
 

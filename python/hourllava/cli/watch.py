@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """`hourllava watch`, and what it shares with `ask`: opening a video or a memory, and checking outputs beforehand."""
 
+import contextlib
 import os
+import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING
 
 from hourllava.errors import HourLlavaError
@@ -12,12 +16,13 @@ from hourllava.errors import HourLlavaError
 if TYPE_CHECKING:
     from hourllava.memory import VideoMemory
     from hourllava.model import HourLlavaForConditionalGeneration
+    from hourllava.video import LiveReader
 
 # What the memory calls its stages, and what a reader calls them.
 STAGES = {"decode": "decode", "encode": "encode", "write": "memory"}
 
 
-def watch(video: Path, output: Path, model_name: str, progress: bool) -> bool:
+def watch(video: "Path | LiveReader", output: Path, model_name: str, progress: bool) -> bool:
     """Watch ``video``, save its memory to ``output`` and print what it took; True if part of the video was lost.
 
     Raises:
@@ -32,15 +37,17 @@ def watch(video: Path, output: Path, model_name: str, progress: bool) -> bool:
     began = time.perf_counter()
     memory.save(output)
     times["save"] = time.perf_counter() - began
-    print(f"{output}: the memory of {clock(memory.frames)} of {video}, {output.stat().st_size / 1e6:.1f} MB")
+    print(f"{output}: the memory of {clock(memory.frames)} of {name_of(video)}, {output.stat().st_size / 1e6:.1f} MB")
     print_times(times)
     return warn_of_loss(memory)
 
 
-def watch_into(entry: Path, video: Path, model_name: str, precision: str, pages: bool, progress: bool) -> bool:
+def watch_into(
+    entry: Path, video: "Path | LiveReader", model_name: str, precision: str, pages: bool, progress: bool
+) -> bool:
     """Watch ``video`` into a repository, as ``entry``, its directory and a name; True if part of the video was lost.
 
-    An entry that is there already is gone on with where it ends.
+    An entry that is there already is gone on with where it ends; a stream, which has no beginning, is added to it.
 
     Raises:
         HourLlavaError: anything that keeps the memory from being written; what was committed stays.
@@ -56,18 +63,49 @@ def watch_into(entry: Path, video: Path, model_name: str, precision: str, pages:
     if entry.name in [held.name for held in repository.videos()]:
         memory = repository.open(entry.name, writer)
     else:
-        memory = repository.add(entry.name, writer, precision, pages, str(video.absolute()))
+        memory = repository.add(entry.name, writer, precision, pages, name_of(video, absolute=True))
     held = memory.frames
     model.watch(video, progress=progress, into=memory)
-    print(f"{entry}: {clock(memory.frames)} of {video}, {clock(memory.frames - held)} of it new")
+    print(f"{entry}: {clock(memory.frames)} of {name_of(video)}, {clock(memory.frames - held)} of it new")
     print_times({word: memory.timings[stage] for stage, word in STAGES.items()})
     return warn_of_loss(memory)
 
 
+def name_of(video: "Path | LiveReader", absolute: bool = False) -> str:
+    """What to call a video: its path, or the address of a stream."""
+    if isinstance(video, Path):
+        return str(video.absolute() if absolute else video)
+    return video.path or video.name if absolute else video.name
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[Event]:
+    """An event that the first Ctrl-C or SIGTERM sets; a second one ends the program as it always does."""
+    stop, before = Event(), dict[signal.Signals, object]()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def on_signal(number: int, frame: object) -> None:
+        stop.set()
+        restore()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, on_signal)
+    try:
+        yield stop
+    finally:
+        restore()
+
+
 def take_in(
-    model: "HourLlavaForConditionalGeneration", source: Path, progress: bool, folder: Path | None = None
+    model: "HourLlavaForConditionalGeneration",
+    source: "Path | LiveReader",
+    progress: bool,
+    folder: Path | None = None,
 ) -> tuple["VideoMemory", dict[str, float]]:
-    """The memory of a video file, or of what a memory file or REPOSITORY/NAME holds, and the seconds of each stage.
+    """The memory of a video, or of what a memory file or REPOSITORY/NAME holds, and the seconds of each stage.
 
     With a folder, the memory of a video lives in files there and takes no RAM.
 
@@ -78,11 +116,11 @@ def take_in(
     from hourllava.model import FrameWriter
 
     began = time.perf_counter()
-    if is_memory_file(source):
+    if isinstance(source, Path) and is_memory_file(source):
         memory = VideoMemory.load(source)
         model.attach(memory)
         return memory, {"load": time.perf_counter() - began}
-    if is_kept(source):
+    if isinstance(source, Path) and is_kept(source):
         memory = Repository(source.parent).open(source.name, FrameWriter(model), append=False)
         return memory, {"load": time.perf_counter() - began}
     memory = model.watch(source, progress=progress, into=folder)

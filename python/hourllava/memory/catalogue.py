@@ -100,6 +100,13 @@ class Catalogue:
             rows = db.execute(f"SELECT {columns} FROM segments WHERE video = ? ORDER BY first", (name,))
             return [Segment(*row) for row in rows]
 
+    def last_segments(self, name: str, count: int) -> list[Segment]:
+        """The last `count`, in order of their frames."""
+        with self._reading() as db:
+            columns = ", ".join(f.name for f in fields(Segment))
+            query = f"SELECT {columns} FROM segments WHERE video = ? ORDER BY first DESC LIMIT ?"
+            return [Segment(*row) for row in db.execute(query, (name, count))][::-1]
+
     def add(self, video: Video) -> None:
         """Raises MemoryFileError if there is one of that name."""
         marks = ", ".join("?" for _ in fields(Video))
@@ -110,9 +117,10 @@ class Catalogue:
                 raise MemoryFileError(video.name, "there is a video of that name", "choose another") from error
 
     def commit(self, name: str, segment: Segment, damage: str) -> None:
-        """Count a segment in; from here on it is there for everyone."""
+        """Count a segment in, in place of those from its first frame on; from here on it is there for everyone."""
         values = (name, *astuple(segment))
         with self._transaction() as db:
+            db.execute("DELETE FROM segments WHERE video = ? AND first >= ?", (name, segment.first))
             db.execute(f"INSERT INTO segments VALUES ({', '.join('?' for _ in values)})", values)
             end = segment.first + segment.frames
             db.execute(

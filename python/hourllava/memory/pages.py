@@ -63,11 +63,13 @@ def frame_slots(frame: Tensor, per_frame: int) -> tuple[Tensor, Tensor]:
     return slots, torch.cat([visual.flatten(), first + per_frame])
 
 
-def rows_in_use(frames: int, per_frame: int, device: torch.device) -> Tensor:
-    """Rows in use (P,) int32 of every page of a memory of `frames` frames: all are full but the last of each kind."""
-    lengths = torch.full((page_count(frames, per_frame),), PAGE_SIZE, dtype=torch.int32, device=device)
+def rows_in_use(frames: int, per_frame: int, device: torch.device, first: int = 0) -> Tensor:
+    """Rows in use (P - first,) int32 of the pages from `first` on of a memory of `frames` frames: all are full but the
+    last of each kind."""
+    lengths = torch.full((page_count(frames, per_frame) - first,), PAGE_SIZE, dtype=torch.int32, device=device)
     for page, rows in zip(open_pages(frames, per_frame), (frames * per_frame, frames), strict=False):
-        lengths[page] = (rows - 1) % PAGE_SIZE + 1
+        if page >= first:
+            lengths[page - first] = (rows - 1) % PAGE_SIZE + 1
     return lengths
 
 

@@ -2,15 +2,17 @@
 """A repository of memories: a directory with a catalogue, which holds many videos and loses nothing it has committed.
 
 Each video has a folder of its own. Features, from which everything else can be made again, stand in segments that are
-written once and never changed; ready pages, if they are kept, in files that are mapped. What the catalogue says of them
-is true: a chunk counts from the moment its transaction is through, and files hold no less than the catalogue says.
+written once and never changed; short ones are gathered into a longer one, which takes their place in one transaction.
+Ready pages, if they are kept, stand in files that are mapped. What the catalogue says of them is true: a chunk counts
+from the moment its transaction is through, and files hold no less than the catalogue says.
 """
 
+import contextlib
 import fcntl
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
 
@@ -20,7 +22,17 @@ from torch import Tensor
 from hourllava.errors import MemoryFileError
 
 from .catalogue import FILE, Catalogue, Segment, Video
-from .segments import pack_features, read_segment, rounding_error, unpack_features, write_segment
+from .segments import (
+    GATHERED,
+    REPAIR,
+    pack_features,
+    read_packed,
+    read_segment,
+    rounding_error,
+    to_gather,
+    unpack_features,
+    write_segment,
+)
 from .storage import reason
 from .video_memory import MemoryShape, MemoryWriter, VideoMemory
 
@@ -111,12 +123,15 @@ class Repository:
 
         Raises:
             MemoryFileError: there is no such video; it is damaged; another process appends to it; another model made
-                it; or there are no pages and no model is given.
+                it, or its pages and it is to be appended to; or there are no pages and no model is given.
         """
         video = self.catalogue.video(name)
         if writer is not None and writer.tower_fingerprint() != video.tower:
             raise MemoryFileError(self.folder / name, "another vision tower made it", "use that model, or watch again")
         append = append and writer is not None
+        if append and writer is not None and video.pages and writer.fingerprint() != video.model:
+            todo = "use that model, or only read"
+            raise MemoryFileError(self.folder / name, "another model made its ready pages", todo)
         journal = _Journal(self, video) if append else None
         video = self.catalogue.video(name)  # the lock is held now, so that no commit can come between
         ready = video.pages and (writer is None or writer.fingerprint() == video.model)
@@ -160,10 +175,36 @@ class Repository:
         """
         return read_segment(self.folder / video.name / segment.file, segment)
 
+    def _kept(self, video: Video) -> Iterator[Tensor]:
+        """The features (n, N, Cv) of all frames of a video, in order, also while a writer gathers its segments.
+
+        Raises:
+            MemoryFileError: a segment is missing or damaged.
+        """
+        at = 0
+        while at < video.frames:
+            segments = [s for s in self.catalogue.segments(video.name) if s.first + s.frames > at]
+            if not segments or segments[0].first > at:
+                raise MemoryFileError(self.folder / video.name, f"its frames from {at} on are missing", REPAIR)
+            for segment in segments:
+                if segment.first > at or at == video.frames:
+                    break
+                try:
+                    features = self.features(video, segment)
+                except MemoryFileError:
+                    if segment in self.catalogue.segments(video.name):
+                        raise
+                    break  # a longer one has taken its place
+                part = features[at - segment.first : video.frames - segment.first]
+                at += len(part)
+                yield part
+
     def _mapped(self, video: Video, append: bool) -> VideoMemory:
         """The memory whose ready pages are kept: a few maps, whatever its length."""
         folder = self.folder / video.name
-        memory = VideoMemory(_shape(video), video.model, torch.device("cpu"), pool_files(folder, append), not append)
+        # The first writer may not have made its files yet.
+        files = pool_files(folder, append) if append or video.frames else None
+        memory = VideoMemory(_shape(video), video.model, torch.device("cpu"), files, not append)
         if video.frames:
             memory.reserve(video.frames, exactly=not append)
         memory.frames = video.frames
@@ -177,8 +218,8 @@ class Repository:
         memory = VideoMemory(writer.shape, writer.fingerprint(), writer.device, files)
         memory.attach(writer)
         memory.reserve(video.frames)
-        for segment in self.catalogue.segments(video.name):
-            memory.append_features(self.features(video, segment))
+        for features in self._kept(video):
+            memory.append_features(features)
         return memory
 
 
@@ -199,13 +240,25 @@ class _Journal:
         return kept
 
     def commit(self, first: int, memory: VideoMemory) -> None:
-        packed = {name: torch.cat([part[name] for part in self._packed]) for name in self._packed[0]}
-        folder = self._repository.folder / self._video.name
-        segment = write_segment(folder, self._video, first, packed, self._error)
-        if self._video.pages:
-            segment.rows_sha256 = memory.row_digest(first, first + segment.frames)
-        self._repository.catalogue.commit(self._video.name, segment, memory.damage or "")
+        name, catalogue = self._video.name, self._repository.catalogue
+        gathered = to_gather(catalogue.last_segments(name, GATHERED), memory.frames - first)
+        first = gathered[0].first if gathered else first
+        rows_sha256 = memory.row_digest(first, memory.frames) if self._video.pages else ""
+        self._store(first, gathered, memory.damage or "", rows_sha256)
+
+    def _store(self, first: int, gathered: list[Segment], damage: str, rows_sha256: str) -> None:
+        """Write and count in what was taken in, behind the frames of `gathered`, which begin at `first`."""
+        name, folder = self._video.name, self._repository.folder / self._video.name
+        parts = [read_packed(folder / segment.file, segment) for segment in gathered] + self._packed
+        packed = {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}
+        error = max([self._error, *(segment.error for segment in gathered)])
+        segment = write_segment(folder, self._video, first, packed, error)
+        segment.rows_sha256 = rows_sha256
+        self._repository.catalogue.commit(name, segment, damage)
         self.abandon()
+        for old in gathered:
+            with contextlib.suppress(OSError):  # a file that stays is no harm, `repair` removes it
+                (folder / old.file).unlink()
 
     def close(self) -> None:
         self._lock.close()

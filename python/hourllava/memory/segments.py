@@ -13,6 +13,7 @@ from .catalogue import Segment, Video
 from .storage import Pieces, read_memory_file, write_memory_file
 
 PRECISIONS = ("bfloat16", "int8")
+GATHERED = 64  # frames of a segment that shorter appends are gathered into; as many as `watch` appends at once
 REPAIR = "run `hourllava memory repair`, which keeps what comes before it"
 
 
@@ -56,8 +57,32 @@ def write_segment(folder: Path, video: Video, first: int, packed: dict[str, Tens
     return Segment(first, frames, path.name, digest, path.stat().st_size, error, time.time())
 
 
+def to_gather(last: list[Segment], frames: int) -> list[Segment]:
+    """Which of a video's last segments go into one with `frames` new frames, in order of their frames.
+
+    Those that are no longer than what comes after them, up to `GATHERED` frames in all: as in a binary counter, so that
+    a frame is written again 6 times at most, and appends of one second leave a few short segments at the end.
+    """
+    gathered: list[Segment] = []
+    for segment in reversed(last):
+        if segment.frames > frames or segment.frames + frames > GATHERED:
+            break
+        gathered.insert(0, segment)
+        frames += segment.frames
+    return gathered
+
+
 def read_segment(path: Path, segment: Segment) -> Tensor:
     """Features (n, N, Cv) float32, every byte checked.
+
+    Raises:
+        MemoryFileError: as for `read_packed`.
+    """
+    return unpack_features(read_packed(path, segment))
+
+
+def read_packed(path: Path, segment: Segment) -> dict[str, Tensor]:
+    """What `pack_features` gave, every byte checked.
 
     Raises:
         MemoryFileError: the file is missing, damaged, or another than the catalogue means.
@@ -68,4 +93,4 @@ def read_segment(path: Path, segment: Segment) -> Tensor:
         raise MemoryFileError(path, error.why, REPAIR) from error
     if notes["sha256"] != segment.sha256:
         raise MemoryFileError(path, "it is not the file that the catalogue means", REPAIR)
-    return unpack_features(packed)
+    return packed

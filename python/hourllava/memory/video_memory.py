@@ -332,7 +332,7 @@ class VideoMemory:
         slots, position_ids = frame_slots(torch.arange(self.frames, end, device=self.device), per_frame)
         # Only the pages that get rows are shown to the operator, whose checks take time for every page it is shown.
         first, pages = int(slots.min()) // PAGE_SIZE, page_count(end, per_frame)
-        inside, lengths = slots - first * PAGE_SIZE, rows_in_use(end, per_frame, self.device)[first:]
+        inside, lengths = slots - first * PAGE_SIZE, rows_in_use(end, per_frame, self.device, first)
         inv_freq = writer.inv_freq.to(self.device)
         with self._lock:
             self._tokens.rows[self.frames : end] = tokens[offset : offset + count]

@@ -241,7 +241,8 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
         """Take a video in, once.
 
         Args:
-            source: a video file; or frames, one a second, uint8 RGB (T, 3, H, W); or an iterable of such tensors.
+            source: a video file; a `LiveReader`, which goes on; or frames, one a second, uint8 RGB (T, 3, H, W); or an
+                iterable of such tensors. Threads may ask a memory that is given as `into` meanwhile.
             progress: show a bar on stderr.
             on_chunk: called with the memory after each chunk of frames; it may ask questions already.
             into: a memory to go on with, of which the source's first `frames` seconds are skipped; or a folder, to keep
@@ -264,7 +265,7 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
             options: the other fields of `AskOptions`.
 
         Raises:
-            QuestionError: the question is empty.
+            QuestionError: the question is empty, or the memory is.
             MemoryFileError: another model made the memory.
             ModelError: the model has no tokenizer.
         """

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from hourllava.errors import ModelError, VideoError
 from hourllava.memory import MemoryShape, VideoMemory, scratch_files
-from hourllava.video import VideoReader, open_video, resize_frames
+from hourllava.video import LiveReader, VideoReader, open_video, resize_frames
 
 from .configuration import HourLlavaConfig
 from .memaug import rotary_frequencies
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 BATCH = 16
 CHUNK = 4 * BATCH  # frames taken from the decoder at a time, and committed together
 
-Source = str | os.PathLike[str] | Tensor | Iterable[Tensor]
+Source = str | os.PathLike[str] | LiveReader | Tensor | Iterable[Tensor]
 
 
 class FrameWriter:
@@ -128,8 +128,12 @@ def watch(
         expected = len(opened)
     if isinstance(source, str | os.PathLike):
         memory.source = os.path.abspath(source)
+    elif isinstance(source, LiveReader):
+        memory.source = source.path
     memory.reserve(expected or 0)
-    chunks = _after(memory.frames, _chunks(opened, model.config.vision_config.image_size))
+    chunks = _chunks(opened, model.config.vision_config.image_size)
+    if not (isinstance(opened, LiveReader) and opened.path is None):  # a stream does not begin again
+        chunks = _after(memory.frames, chunks)
     with tqdm(total=expected, initial=memory.frames, unit="s", desc="watching", disable=not progress) as bar:
         while True:
             started = time.perf_counter()
@@ -139,6 +143,8 @@ def watch(
                 break
             if isinstance(opened, VideoReader):
                 memory.damage = opened.report.message
+            elif isinstance(opened, LiveReader):
+                memory.damage = opened.message
             memory.append(frames)
             bar.update(len(frames))
             if on_chunk is not None:
@@ -165,8 +171,8 @@ def _after(frames: int, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
             yield rest
 
 
-def _chunks(source: VideoReader | Tensor | Iterable[Tensor], size: int) -> Iterator[Tensor]:
-    if isinstance(source, VideoReader):
+def _chunks(source: VideoReader | LiveReader | Tensor | Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    if isinstance(source, VideoReader | LiveReader):
         return (chunk.frames for chunk in source.chunks(size, chunk=CHUNK))
     if isinstance(source, Tensor):
         return iter(source.split(CHUNK))

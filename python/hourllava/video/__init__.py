@@ -2,6 +2,7 @@
 """Video files in, one frame per second and bounded memory; and out, for rendered films."""
 
 from hourllava.video.clock import clock, seconds_of_clock
+from hourllava.video.live import LiveReader, is_url
 from hourllava.video.reader import FrameChunk, ReadReport, VideoReader, open_video
 from hourllava.video.resize import resize_frames
 from hourllava.video.stills import stills
@@ -9,9 +10,11 @@ from hourllava.video.writer import write_video
 
 __all__ = [
     "FrameChunk",
+    "LiveReader",
     "ReadReport",
     "VideoReader",
     "clock",
+    "is_url",
     "open_video",
     "resize_frames",
     "seconds_of_clock",

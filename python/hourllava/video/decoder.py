@@ -52,12 +52,12 @@ class Decoder:
             skipping = skipping and not (packet.is_keyframe and not broken)
             if packet.size and (skipping or _is_unneeded(packet, self._wanted, self._is_reference)):
                 continue
-            frames, sound = _decode_packet(packet, broken, self.strict)
+            frames, sound = decode_packet(packet, broken, self.strict)
             self.can_miss |= not sound  # before the pictures that come out, which may follow the broken one
             skipping = self.strict and not sound
             yield from frames
         if end is not None:
-            yield from _drain(self._codec)
+            yield from drain(self._codec)
 
     def _packets(self, begin: int | None, end: int | None) -> Iterator[Packet]:
         packets = demux(self._container, self._stream)
@@ -87,7 +87,7 @@ def _is_unneeded(packet: Packet, wanted: set[int], is_reference: Callable[[memor
     return not is_reference(memoryview(packet))
 
 
-def _decode_packet(packet: Packet, broken: bool, strict: bool) -> tuple[list[VideoFrame], bool]:
+def decode_packet(packet: Packet, broken: bool, strict: bool) -> tuple[list[VideoFrame], bool]:
     """Return the pictures that come out, and whether packet and pictures are sound.
 
     If ``strict``, a packet that is ``broken`` or cannot be decoded only makes the sound pictures still waiting for
@@ -101,13 +101,13 @@ def _decode_packet(packet: Packet, broken: bool, strict: bool) -> tuple[list[Vid
     if not strict:
         return [frame for frame in frames if _has_time(frame)], sound
     if not sound and context.is_open:
-        frames = frames + _drain(context)
+        frames = frames + drain(context)
         context.flush_buffers()
     whole = [frame for frame in frames if _has_time(frame) and not frame.is_corrupt]
     return whole, sound and len(whole) == len(frames)
 
 
-def _drain(context: av.VideoCodecContext) -> list[VideoFrame]:
+def drain(context: av.VideoCodecContext) -> list[VideoFrame]:
     """The pictures that still wait for their turn."""
     with contextlib.suppress(av.FFmpegError):
         return [frame for frame in context.decode(None) if _has_time(frame) and not frame.is_corrupt]

@@ -58,14 +58,23 @@ def open_container(path: str | os.PathLike[str]) -> tuple[InputContainer, VideoS
         container = av.open(f"file:{path}", metadata_errors="replace", options={"protocol_whitelist": "file"})
     except (av.FFmpegError, ValueError) as error:
         raise VideoError(path, *_why_not_video(path)) from error
+    return container, find_stream(container, path)
+
+
+def find_stream(container: InputContainer, name: str | os.PathLike[str]) -> VideoStream:
+    """The video stream of an open file; one without any is closed.
+
+    Raises:
+        VideoError: there is none.
+    """
     for stream in container.streams.video:
         if av.stream.Disposition.attached_pic not in stream.disposition and stream.codec_context is not None:
             # One thread reports an error at the packet that holds it; frame threads report it pictures later.
             stream.thread_type = "NONE"
-            return container, stream
+            return stream
     kinds = ", ".join(sorted({str(stream.type) for stream in container.streams})) or "empty streams"
     container.close()
-    raise VideoError(path, f"holds no video, only {kinds}", "give a file with a video track")
+    raise VideoError(name, f"holds no video, only {kinds}", "give a file with a video track")
 
 
 def _check_file(path: Path) -> None:

@@ -120,14 +120,14 @@ def segment_runs(decoder: Decoder, begin: int | None, end: int | None, size: int
             k = until  # they are the segment's before
         shown = shown or frame  # the first sound picture stands in for damaged ones before it
         if until > k:
-            yield Run(_to_square(shown, size, convert), shown.pts or 0, k, until, decoder.can_miss)
+            yield Run(to_square(shown, size, convert), shown.pts or 0, k, until, decoder.can_miss)
             k = until
         shown = frame
     if shown is not None:
-        yield Run(_to_square(shown, size, convert), shown.pts or 0, k, None, decoder.can_miss)
+        yield Run(to_square(shown, size, convert), shown.pts or 0, k, None, decoder.can_miss)
 
 
-def _to_square(frame: VideoFrame, size: int, convert: VideoReformatter) -> Tensor:
+def to_square(frame: VideoFrame, size: int, convert: VideoReformatter) -> Tensor:
     """Convert to RGB, turn as the file's display matrix says, and resize: (3, size, size) uint8."""
     picture = torch.from_numpy(convert.reformat(frame, format="rgb24").to_ndarray())  # (H, W, 3)
     turns = round(frame.rotation / 90)  # counter-clockwise
