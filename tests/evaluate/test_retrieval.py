@@ -62,7 +62,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = make_model()
     model.save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)
-    options = ["--model", str(folder), "--folder", str(tmp_path), "--videos", "1", "--seconds", "100", "--tile", "20"]
+    options = ["--model", str(folder), "--folder", str(tmp_path), "--videos", "1", "--seconds", "40", "--tile", "20"]
     assert main(["retrieval-report", *options, "--plot", str(picture), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert [row["part"] for row in document["parts"]] == [1, *PARTS]

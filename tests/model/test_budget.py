@@ -6,6 +6,7 @@ import torch
 from tiny_model import make_model
 
 from hourllava.errors import InputError
+from hourllava.memory import MemoryPages
 from hourllava.memory.pages import PAGE_SIZE, frame_slots, page_count, video_layout
 from hourllava.model import Budget
 from hourllava.model.memaug import CrossAttention, MemoryUse, PageBudget
@@ -22,8 +23,12 @@ def make_frames(count, seed=0):
 
 
 def pages_of(budget, frames=SECONDS, seconds=SECONDS, per_frame=64):
-    second = torch.arange(frames) * seconds // frames
-    return budget.resolve(second, seconds, per_frame)
+    """What a budget is in a memory whose pages lie in a pool of twice as many, in another order."""
+    second, count = torch.arange(frames) * seconds // frames, page_count(frames, per_frame)
+    table = torch.arange(2 * count - 1, -1, -2, dtype=torch.int32)[None]
+    nothing = torch.empty(0)
+    pages = MemoryPages(nothing, nothing, nothing, torch.full((2 * count,), PAGE_SIZE), table)
+    return budget.resolve(second, seconds, per_frame, pages)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +76,8 @@ def test_kept_pages_hold_the_spans():
     keep = pages_of(Budget(pages=40, keep=((2.5, 4), (130, 131)))).keep
     frames = torch.tensor([2, 3, 130])
     expected = (frame_slots(frames, 64)[0] // PAGE_SIZE).unique()
-    assert keep.nonzero()[:, 0].tolist() == expected.tolist()
+    last = 2 * page_count(SECONDS, 64) - 1
+    assert keep.nonzero()[:, 0].tolist() == sorted((last - 2 * expected).tolist())
 
 
 def test_all_of_it_is_exact_reading():
@@ -95,7 +101,7 @@ def test_no_more_than_the_budget_is_read(mode):
     few = model.ask(memory, QUESTION, budget=Budget(pages=4, mode=mode))
     assert (few.page_mass > 0).sum(1).tolist() == [4, 4]
     kept = Budget(pages=4, mode=mode, keep=((20, 22), (90, 91)))
-    must = kept.resolve(torch.arange(SECONDS), SECONDS, 64).keep
+    must = kept.resolve(torch.arange(SECONDS), SECONDS, 64, memory.pages[0]).keep
     answer = model.ask(memory, QUESTION, budget=kept)
     assert bool((answer.page_mass[:, must] > 0).all())
     assert int((answer.page_mass > 0).sum()) == 8

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hourllava.errors import InputError
-from hourllava.memory.pages import PAGE_SIZE, frame_slots, page_count
+from hourllava.memory.pages import PAGE_SIZE, MemoryPages, frame_slots, page_count
 
 from .memaug import PageBudget
 
@@ -63,13 +63,14 @@ class Budget:
             return cls(pages=int(pages))
         return cls(seconds=float(seconds)) if seconds is not None else cls(part=int(part))
 
-    def resolve(self, second: Tensor, seconds: int, per_frame: int) -> PageBudget:
+    def resolve(self, second: Tensor, seconds: int, per_frame: int, pages: MemoryPages) -> PageBudget:
         """The budget in pages of one memory.
 
         Args:
             second: (T,) int64, the second of the video that each frame of the memory shows; short videos are repeated.
             seconds: of the video.
             per_frame: visual tokens of a frame.
+            pages: where the memory lies; its table lists every page in order.
 
         Raises:
             InputError: what is always read does not fit.
@@ -77,30 +78,29 @@ class Budget:
         frames = len(second)
         every = page_count(frames, per_frame)
         if self.pages is not None:
-            pages = self.pages
+            most = self.pages
         elif self.part is not None:
-            pages = math.ceil(every / self.part)
+            most = math.ceil(every / self.part)
         else:
             assert self.seconds is not None
-            pages = page_count(math.ceil(min(self.seconds / seconds, 1) * frames), per_frame)
+            most = page_count(math.ceil(min(self.seconds / seconds, 1) * frames), per_frame)
         kept = None
         if self.keep:
-            kept = self._kept_pages(second, per_frame, every)
+            kept = torch.zeros(len(pages.page_lengths), dtype=torch.bool, device=second.device)
+            kept[pages.page_table[0, self._kept_pages(second, per_frame)].to(torch.int64)] = True
             count = int(kept.sum())
-            if count > pages:
-                why = f"what is always read takes {count} pages, and the budget is {pages}"
+            if count > most:
+                why = f"what is always read takes {count} pages, and the budget is {most}"
                 raise InputError("budget", why, "give a larger budget, or keep less")
-        return PageBudget(pages, self.mode, self.tile, kept)
+        return PageBudget(most, self.mode, self.tile, kept)
 
-    def _kept_pages(self, second: Tensor, per_frame: int, pages: int) -> Tensor:
-        """Pages that hold anything of the spans, (P,) bool; a span ends before its last second."""
+    def _kept_pages(self, second: Tensor, per_frame: int) -> Tensor:
+        """Numbers (n,) of the pages that hold anything of the spans; a span ends before its last second."""
         inside = torch.zeros_like(second, dtype=torch.bool)
         for start, end in self.keep:
             inside |= (second + 1 > start) & (second < end)
         slots, _ = frame_slots(inside.nonzero()[:, 0], per_frame)
-        kept = torch.zeros(pages, dtype=torch.bool, device=second.device)
-        kept[slots // PAGE_SIZE] = True
-        return kept
+        return (slots // PAGE_SIZE).unique()
 
 
 def as_budget(given: "Budget | str | None") -> Budget | None:
