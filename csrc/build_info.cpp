@@ -8,4 +8,10 @@
 
 EXPORT uint64_t hourllava_ext_torch_target() { return TORCH_FEATURE_VERSION; }
 
-EXPORT bool hourllava_ext_cuda_built() { return false; }
+EXPORT bool hourllava_ext_cuda_built() {
+#ifdef HOURLLAVA_EXT_CUDA
+    return true;
+#else
+    return false;
+#endif
+}

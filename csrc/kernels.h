@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What csrc/ops hands to the kernels: parameter structs with shapes, and one launcher an operator and dtype.
+// What csrc/ops hands to the kernels: parameter structs with shapes, and one launcher an operator and dtype. Those of
+// the GPU exist for float, float16 and bfloat16; they return as soon as the work is in the stream.
 // Pointers are to contiguous memory unless a stride is given; offsets are 64 bits. No framework header here.
 #pragma once
 
@@ -30,6 +31,9 @@ using accumulate_t = typename accumulate<T>::type;
 // Calls body(first, last) on disjoint ranges of at least `grain` that cover [begin, end), on the caller's thread pool.
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const std::function<void(int64_t, int64_t)>& body);
 
+// A cudaStream_t.
+using Stream = void*;
+
 template <class T>
 struct PoolGridParams {
     const T* patches;  // (T, S * S, C)
@@ -43,6 +47,8 @@ void pool_grid_cpu(const PoolGridParams<float>&);
 void pool_grid_cpu(const PoolGridParams<double>&);
 void pool_grid_cpu(const PoolGridParams<float16>&);
 void pool_grid_cpu(const PoolGridParams<bfloat16>&);
+template <class T>
+void pool_grid_cuda(const PoolGridParams<T>&, Stream);
 
 template <class T>
 struct PoolGridBackwardParams {
@@ -57,6 +63,8 @@ void pool_grid_backward_cpu(const PoolGridBackwardParams<float>&);
 void pool_grid_backward_cpu(const PoolGridBackwardParams<double>&);
 void pool_grid_backward_cpu(const PoolGridBackwardParams<float16>&);
 void pool_grid_backward_cpu(const PoolGridBackwardParams<bfloat16>&);
+template <class T>
+void pool_grid_backward_cuda(const PoolGridBackwardParams<T>&, Stream);
 
 template <class T>
 struct KeyframeScoreParams {
@@ -71,6 +79,8 @@ void keyframe_score_cpu(const KeyframeScoreParams<float>&);
 void keyframe_score_cpu(const KeyframeScoreParams<double>&);
 void keyframe_score_cpu(const KeyframeScoreParams<float16>&);
 void keyframe_score_cpu(const KeyframeScoreParams<bfloat16>&);
+template <class T>
+void keyframe_score_cuda(const KeyframeScoreParams<T>&, Stream);
 
 template <class T>
 struct ForgetParams {
@@ -89,6 +99,8 @@ void forget_cpu(const ForgetParams<float>&);
 void forget_cpu(const ForgetParams<double>&);
 void forget_cpu(const ForgetParams<float16>&);
 void forget_cpu(const ForgetParams<bfloat16>&);
+template <class T>
+void forget_cuda(const ForgetParams<T>&, Stream);
 
 template <class T>
 struct ForgetBackwardParams {
@@ -107,6 +119,8 @@ void forget_backward_cpu(const ForgetBackwardParams<float>&);
 void forget_backward_cpu(const ForgetBackwardParams<double>&);
 void forget_backward_cpu(const ForgetBackwardParams<float16>&);
 void forget_backward_cpu(const ForgetBackwardParams<bfloat16>&);
+template <class T>
+void forget_backward_cuda(const ForgetBackwardParams<T>&, Stream);
 
 template <class T>
 struct RopeParams {
@@ -126,6 +140,8 @@ void rope_cpu(const RopeParams<float>&);
 void rope_cpu(const RopeParams<double>&);
 void rope_cpu(const RopeParams<float16>&);
 void rope_cpu(const RopeParams<bfloat16>&);
+template <class T>
+void rope_cuda(const RopeParams<T>&, Stream);
 
 template <class T>
 struct MergeAttentionParams {
@@ -142,6 +158,8 @@ void merge_attention_cpu(const MergeAttentionParams<float>&);
 void merge_attention_cpu(const MergeAttentionParams<double>&);
 void merge_attention_cpu(const MergeAttentionParams<float16>&);
 void merge_attention_cpu(const MergeAttentionParams<bfloat16>&);
+template <class T>
+void merge_attention_cuda(const MergeAttentionParams<T>&, Stream);
 
 template <class T>
 struct MergeAttentionBackwardParams {
@@ -160,6 +178,8 @@ void merge_attention_backward_cpu(const MergeAttentionBackwardParams<float>&);
 void merge_attention_backward_cpu(const MergeAttentionBackwardParams<double>&);
 void merge_attention_backward_cpu(const MergeAttentionBackwardParams<float16>&);
 void merge_attention_backward_cpu(const MergeAttentionBackwardParams<bfloat16>&);
+template <class T>
+void merge_attention_backward_cuda(const MergeAttentionBackwardParams<T>&, Stream);
 
 template <class T>
 struct PageWriteParams {
@@ -168,12 +188,13 @@ struct PageWriteParams {
     const int64_t* position_ids;   // (M,)
     const int64_t* slots;          // (M,), page * S + row, no two alike
     const float* inv_freq;         // (F,), 2F <= D
-    const int64_t* touched;        // pages that hold a slot
+    const int64_t* touched;        // pages that hold a slot; null on a GPU
     T* key_pages;                  // (P, Hkv, S, D)
     T* value_pages;                // (P, Hkv, S, D)
     accumulate_t<T>* key_summary;  // (P, Hkv, 3, D): mean, minimum, maximum
-    const int32_t* page_lengths;   // (P,), with the new rows
+    int32_t* page_lengths;         // (P,), on the CPU with the new rows
     int64_t tokens;                // M
+    int64_t pages;                 // P
     int64_t heads;                 // Hkv
     int64_t width;                 // D
     int64_t page_size;             // S
@@ -191,6 +212,10 @@ void page_write_summary_cpu(const PageWriteParams<float>&);
 void page_write_summary_cpu(const PageWriteParams<double>&);
 void page_write_summary_cpu(const PageWriteParams<float16>&);
 void page_write_summary_cpu(const PageWriteParams<bfloat16>&);
+// Raises the lengths, and writes rows and summaries together. `scratch`: as many int64 as page_write_cuda_scratch says.
+template <class T>
+void page_write_cuda(const PageWriteParams<T>&, int64_t* scratch, Stream);
+int64_t page_write_cuda_scratch(int64_t tokens, int64_t pages, int64_t page_size);
 
 template <class T>
 struct PageWriteBackwardParams {
@@ -211,6 +236,8 @@ void page_write_backward_cpu(const PageWriteBackwardParams<float>&);
 void page_write_backward_cpu(const PageWriteBackwardParams<double>&);
 void page_write_backward_cpu(const PageWriteBackwardParams<float16>&);
 void page_write_backward_cpu(const PageWriteBackwardParams<bfloat16>&);
+template <class T>
+void page_write_backward_cuda(const PageWriteBackwardParams<T>&, Stream);
 
 template <class T>
 struct RetrieveParams {
@@ -227,6 +254,7 @@ struct RetrieveParams {
     int64_t query_heads;                 // Hq
     int64_t key_heads;                   // Hkv
     int64_t head_dim;                    // D
+    int64_t pages;                       // P
     int64_t batch;                       // B
     int64_t listed;                      // W
     int64_t kept;                        // K
@@ -237,6 +265,11 @@ void retrieve_cpu(const RetrieveParams<float>&);
 void retrieve_cpu(const RetrieveParams<double>&);
 void retrieve_cpu(const RetrieveParams<float16>&);
 void retrieve_cpu(const RetrieveParams<bfloat16>&);
+// `scratch`: as many bytes as retrieve_cuda_scratch says.
+template <class T>
+void retrieve_cuda(const RetrieveParams<T>&, void* scratch, Stream);
+template <class T>
+int64_t retrieve_cuda_scratch(const RetrieveParams<T>&);
 
 template <class T>
 struct PagedAttentionParams {

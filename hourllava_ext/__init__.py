@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operators on the memory of a video: pooled, scored, forgotten, rotated, paged, retrieved, attended and merged.
 
-Shapes and dtypes are those of each function's docstring. A GPU takes float16 where the CPU takes float64, and does not
-check what indexes memory: the host would have to wait for it.
+Shapes and dtypes are those of each function's docstring. A GPU takes no float64, and does not check what indexes memory:
+the host would have to wait for it.
 """
 
 from hourllava_ext import library as library  # Loads the compiled operators, which the modules below register on.

@@ -20,7 +20,7 @@ def test_build_info() -> None:
     assert info["torch"] == torch.__version__
     assert info["torch_abi"] == "2.10"
     assert info["cpu_tier"] in ("avx512_bf16", "avx512", "avx2", "portable")
-    assert info["cuda"] is False
+    assert info["cuda"] is (b".nv_fatbin" in Path(info["library"]).read_bytes())
 
 
 @pytest.mark.skipif(not CPU_FLAGS, reason="no CPU flags to compare with")

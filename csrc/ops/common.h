@@ -1,16 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// Shared by the operators' contracts: argument checks with one-line messages, and dtype dispatch.
+// Shared by the operators' contracts: argument checks with one-line messages, dtype dispatch, and the way to a GPU.
 #pragma once
 
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <initializer_list>
+#include <memory>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "kernels.h"
@@ -96,8 +100,45 @@ inline Tensor allocate(const Tensor& tensor, const std::vector<int64_t>& shape, 
     return torch::stable::new_empty(tensor, shape, dtype);
 }
 
-// Every entry of a dense int64 tensor in [0, limit).
+#ifdef HOURLLAVA_EXT_CUDA
+constexpr bool kCudaBuilt = true;
+bool on_gpu(const Tensor& tensor);
+#else
+constexpr bool kCudaBuilt = false;
+constexpr bool on_gpu(const Tensor&) { return false; }
+#endif
+
+// Whether a CUDA kernel for T is in this build.
+template <class T>
+constexpr bool kHasCuda = kCudaBuilt && !std::is_same_v<T, double>;
+
+// Makes the GPU of a tensor the current one for as long as it lives, and stands for torch's current stream there.
+class OnDevice {
+  public:
+    explicit OnDevice(const Tensor& tensor);
+    operator Stream() const { return stream_; }
+
+  private:
+    std::unique_ptr<torch::stable::accelerator::DeviceGuard> guard_;
+    Stream stream_;
+};
+
+struct Argument {
+    const char* name;
+    const Tensor& tensor;
+};
+
+// The dispatcher takes an operator to a GPU as soon as one tensor is there.
+inline void check_devices(const char* op, const Argument& first, std::initializer_list<Argument> others) {
+    for (const Argument& other : others) {
+        check(other.tensor.get_device_index() == first.tensor.get_device_index(), op, ": ", other.name,
+              " must be on the device of ", first.name);
+    }
+}
+
+// Every entry of a dense int64 tensor in [0, limit). On a GPU the host would have to wait to know.
 inline void check_range(const char* op, const char* name, const Tensor& tensor, int64_t limit) {
+    if (on_gpu(tensor)) return;
     const int64_t* entries = data<int64_t>(tensor);
     for (int64_t i = 0; i < tensor.numel(); ++i) {
         check(entries[i] >= 0 && entries[i] < limit, op, ": ", name, " must be in [0, ", limit, "), got ", entries[i]);
@@ -111,6 +152,8 @@ void dispatch_dtype(const char* op, const char* name, const Tensor& tensor, cons
         case ScalarType::Float:
             return body(float{});
         case ScalarType::Double:
+            check(!on_gpu(tensor), op, ": on a GPU ", name,
+                  " must be float32, float16 or bfloat16; convert it with .to()");
             return body(double{});
         case ScalarType::Half:
             return body(float16{});

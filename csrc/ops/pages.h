@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Shared by the operators that read a page table: shapes, and on the CPU the ranges of what indexes memory.
+// Shared by the operators that read a page table: shapes, and on the CPU the ranges of what indexes memory; on a GPU
+// the host would have to wait to know them.
 #pragma once
 
 #include "ops/common.h"
@@ -40,8 +41,9 @@ inline void check_groups(const char* op, int64_t query_heads, int64_t key_heads)
           ": query heads must be a multiple of key heads, got ", query_heads, " and ", key_heads);
 }
 
-// The arguments are dense CPU tensors from here on.
+// The arguments are dense from here on.
 inline void check_page_ranges(const char* op, const Tensor& page_table, const Tensor& page_lengths, int64_t page_size) {
+    if (on_gpu(page_table)) return;
     const int64_t pages = page_lengths.size(0), batch = page_table.size(0), listed = page_table.size(1);
     const int32_t* table = data<int32_t>(page_table);
     for (int64_t i = 0; i < batch * listed; ++i) {
@@ -57,6 +59,7 @@ inline void check_page_ranges(const char* op, const Tensor& page_table, const Te
 }
 
 inline void check_cu_seqlens(const char* op, const Tensor& cu_seqlens, int64_t tokens) {
+    if (on_gpu(cu_seqlens)) return;
     const int64_t* begin = data<int64_t>(cu_seqlens);
     const int64_t batch = cu_seqlens.size(0) - 1;
     check(begin[0] == 0 && begin[batch] == tokens, op, ": cu_seqlens must go from 0 to the number of queries ", tokens,
