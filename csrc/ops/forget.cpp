@@ -30,6 +30,7 @@ std::tuple<Tensor, Tensor> forget(const Tensor& tokens,   // (T, N, C)
     check_dim("forget", "tokens", tokens, 3, "(T, N, C)");
     check_dim("forget", "newline", newline, 1, "(C,)");
     check_same_dtype("forget", "newline", newline, "tokens", tokens);
+    check_devices("forget", {"tokens", tokens}, {{"frames", frames}, {"patches", patches}, {"newline", newline}});
     const int64_t per_frame = tokens.size(1), width = tokens.size(2);
     check(newline.size(0) == width, "forget: newline must be as wide as a token, got ", newline.size(0), " for ",
           width);
@@ -41,9 +42,20 @@ std::tuple<Tensor, Tensor> forget(const Tensor& tokens,   // (T, N, C)
     Tensor position_ids = allocate(frames, {n, k + 1});
     dispatch_dtype("forget", "tokens", tokens, [&](auto type) {
         using T = decltype(type);
-        forget_cpu(ForgetParams<T>{data<T>(source), data<int64_t>(picks.frames), data<int64_t>(picks.patches),
-                                   data<T>(last), mutable_data<T>(kept), mutable_data<int64_t>(position_ids), n, k,
-                                   per_frame, width});
+        const ForgetParams<T> p{data<T>(source),
+                                data<int64_t>(picks.frames),
+                                data<int64_t>(picks.patches),
+                                data<T>(last),
+                                mutable_data<T>(kept),
+                                mutable_data<int64_t>(position_ids),
+                                n,
+                                k,
+                                per_frame,
+                                width};
+        if constexpr (kHasCuda<T>) {
+            if (on_gpu(tokens)) return forget_cuda(p, OnDevice(tokens));
+        }
+        forget_cpu(p);
     });
     return {kept, position_ids};
 }
@@ -54,6 +66,7 @@ std::tuple<Tensor, Tensor> forget_backward(const Tensor& grad,     // (n, k + 1,
                                            int64_t total,          // T
                                            int64_t per_frame       // N
 ) {
+    check_devices("forget_backward", {"grad", grad}, {{"frames", frames}, {"patches", patches}});
     const Picks picks = checked_picks("forget_backward", frames, patches, total, per_frame);
     const int64_t n = frames.size(0), k = patches.size(1);
     check_shape("forget_backward", "grad", grad, {n, k + 1, -1});
@@ -64,9 +77,20 @@ std::tuple<Tensor, Tensor> forget_backward(const Tensor& grad,     // (n, k + 1,
     Tensor grad_newline = allocate(grad, {width});
     dispatch_dtype("forget_backward", "grad", grad, [&](auto type) {
         using T = decltype(type);
-        forget_backward_cpu(ForgetBackwardParams<T>{data<T>(source), data<int64_t>(picks.frames),
-                                                    data<int64_t>(picks.patches), mutable_data<T>(grad_tokens),
-                                                    mutable_data<T>(grad_newline), total, n, k, per_frame, width});
+        const ForgetBackwardParams<T> p{data<T>(source),
+                                        data<int64_t>(picks.frames),
+                                        data<int64_t>(picks.patches),
+                                        mutable_data<T>(grad_tokens),
+                                        mutable_data<T>(grad_newline),
+                                        total,
+                                        n,
+                                        k,
+                                        per_frame,
+                                        width};
+        if constexpr (kHasCuda<T>) {
+            if (on_gpu(grad)) return forget_backward_cuda(p, OnDevice(grad));
+        }
+        forget_backward_cpu(p);
     });
     return {grad_tokens, grad_newline};
 }
@@ -81,5 +105,11 @@ STABLE_TORCH_LIBRARY_IMPL(hourllava_ext, CPU, m) {
     m.impl("forget", TORCH_BOX(&forget));
     m.impl("forget_backward", TORCH_BOX(&forget_backward));
 }
+#ifdef HOURLLAVA_EXT_CUDA
+STABLE_TORCH_LIBRARY_IMPL(hourllava_ext, CUDA, m) {
+    m.impl("forget", TORCH_BOX(&forget));
+    m.impl("forget_backward", TORCH_BOX(&forget_backward));
+}
+#endif
 
 }  // namespace hourllava_ext
