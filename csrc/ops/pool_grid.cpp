@@ -19,7 +19,11 @@ Tensor pool_grid(const Tensor& patches,  // (T, S * S, C)
     Tensor out = allocate(patches, {frames, grid * grid, width});
     dispatch_dtype("pool_grid", "patches", patches, [&](auto type) {
         using T = decltype(type);
-        pool_grid_cpu(PoolGridParams<T>{data<T>(source), mutable_data<T>(out), frames, side, grid, width});
+        const PoolGridParams<T> p{data<T>(source), mutable_data<T>(out), frames, side, grid, width};
+        if constexpr (kHasCuda<T>) {
+            if (on_gpu(patches)) return pool_grid_cuda(p, OnDevice(patches));
+        }
+        pool_grid_cpu(p);
     });
     return out;
 }
@@ -34,8 +38,11 @@ Tensor pool_grid_backward(const Tensor& grad,  // (T, G * G, C)
     Tensor out = allocate(grad, {frames, side * side, width});
     dispatch_dtype("pool_grid_backward", "grad", grad, [&](auto type) {
         using T = decltype(type);
-        pool_grid_backward_cpu(
-            PoolGridBackwardParams<T>{data<T>(source), mutable_data<T>(out), frames, side, grid, width});
+        const PoolGridBackwardParams<T> p{data<T>(source), mutable_data<T>(out), frames, side, grid, width};
+        if constexpr (kHasCuda<T>) {
+            if (on_gpu(grad)) return pool_grid_backward_cuda(p, OnDevice(grad));
+        }
+        pool_grid_backward_cpu(p);
     });
     return out;
 }
@@ -50,5 +57,11 @@ STABLE_TORCH_LIBRARY_IMPL(hourllava_ext, CPU, m) {
     m.impl("pool_grid", TORCH_BOX(&pool_grid));
     m.impl("pool_grid_backward", TORCH_BOX(&pool_grid_backward));
 }
+#ifdef HOURLLAVA_EXT_CUDA
+STABLE_TORCH_LIBRARY_IMPL(hourllava_ext, CUDA, m) {
+    m.impl("pool_grid", TORCH_BOX(&pool_grid));
+    m.impl("pool_grid_backward", TORCH_BOX(&pool_grid_backward));
+}
+#endif
 
 }  // namespace hourllava_ext
