@@ -18,8 +18,12 @@ Tensor keyframe_score(const Tensor& features,  // (T, C)
     dispatch_dtype("keyframe_score", "features", features, [&](auto type) {
         using T = decltype(type);
         using A = accumulate_t<T>;
-        keyframe_score_cpu(KeyframeScoreParams<T>{data<T>(source), mutable_data<A>(norms), mutable_data<A>(score),
-                                                  frames, width, std::min(window, frames)});
+        const KeyframeScoreParams<T> p{data<T>(source), mutable_data<A>(norms),  mutable_data<A>(score), frames,
+                                       width,           std::min(window, frames)};
+        if constexpr (kHasCuda<T>) {
+            if (on_gpu(features)) return keyframe_score_cuda(p, OnDevice(features));
+        }
+        keyframe_score_cpu(p);
     });
     return score;
 }
@@ -28,5 +32,8 @@ Tensor keyframe_score(const Tensor& features,  // (T, C)
 
 STABLE_TORCH_LIBRARY_FRAGMENT(hourllava_ext, m) { m.def("keyframe_score(Tensor features, int window=9) -> Tensor"); }
 STABLE_TORCH_LIBRARY_IMPL(hourllava_ext, CPU, m) { m.impl("keyframe_score", TORCH_BOX(&keyframe_score)); }
+#ifdef HOURLLAVA_EXT_CUDA
+STABLE_TORCH_LIBRARY_IMPL(hourllava_ext, CUDA, m) { m.impl("keyframe_score", TORCH_BOX(&keyframe_score)); }
+#endif
 
 }  // namespace hourllava_ext
