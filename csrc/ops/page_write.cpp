@@ -35,6 +35,8 @@ void check_places(const char* op, const Tensor& position_ids, const Tensor& slot
 }
 
 void check_rows(const char* op, const Rows& r) {
+    check_devices(op, {"key", r.key},
+                  {{"value", r.value}, {"position_ids", r.position_ids}, {"slots", r.slots}, {"inv_freq", r.inv_freq}});
     check_dim(op, "key", r.key, 3, "(M, Hkv, D)");
     check(shape_of(r.key) == shape_of(r.value), op, ": value must have the shape of key, got ", shape_of(r.value),
           " and ", shape_of(r.key));
@@ -44,8 +46,10 @@ void check_rows(const char* op, const Rows& r) {
           r.position_ids.size(0), " for ", r.key.size(0), " tokens");
 }
 
-// Of a dense CPU tensor. Two tokens in one row would leave the winner to chance.
+// Of a dense tensor. Two tokens in one row would leave the winner to chance; on a GPU the host would have to wait to
+// know.
 void check_slots(const char* op, const Tensor& slots, int64_t pages, int64_t page_size) {
+    if (on_gpu(slots)) return;
     const int64_t* slot = data<int64_t>(slots);
     std::vector<bool> taken(pages * page_size);
     for (int64_t m = 0; m < slots.size(0); ++m) {
@@ -82,27 +86,34 @@ void write(const char* op, const Rows& r, const Pools& pools) {
     const Tensor key = last_dim_dense(r.key), value = last_dim_dense(r.value);
     dispatch_dtype(op, "key", key, [&](auto type) {
         using T = decltype(type);
-        const std::vector<int64_t> touched =
-            extend_pages(slots, page_size, mutable_data<int32_t>(pools.page_lengths), pages);
         PageWriteParams<T> p{};
         p.key = data<T>(key);
         p.value = data<T>(value);
         p.position_ids = data<int64_t>(positions);
         p.slots = data<int64_t>(slots);
         p.inv_freq = data<float>(frequencies);
-        p.touched = touched.data();
         p.key_pages = mutable_data<T>(pools.key_pages);
         p.value_pages = mutable_data<T>(pools.value_pages);
         p.key_summary = mutable_data<accumulate_t<T>>(pools.key_summary);
-        p.page_lengths = data<int32_t>(pools.page_lengths);
+        p.page_lengths = mutable_data<int32_t>(pools.page_lengths);
         p.tokens = key.size(0);
+        p.pages = pages;
         p.heads = key.size(1);
         p.width = key.size(2);
         p.page_size = page_size;
         p.frequencies = frequencies.size(0);
-        p.touched_pages = touched.size();
         p.key_token_stride = key.stride(0), p.key_head_stride = key.stride(1);
         p.value_token_stride = value.stride(0), p.value_head_stride = value.stride(1);
+        if constexpr (kHasCuda<T>) {
+            if (on_gpu(key)) {
+                const int64_t entries = page_write_cuda_scratch(p.tokens, pages, page_size);
+                const Tensor scratch = allocate(key, {entries}, ScalarType::Long);
+                return page_write_cuda(p, mutable_data<int64_t>(scratch), OnDevice(key));
+            }
+        }
+        const std::vector<int64_t> touched = extend_pages(slots, page_size, p.page_lengths, pages);
+        p.touched = touched.data();
+        p.touched_pages = touched.size();
         page_write_cpu(p);
         page_write_summary_cpu(p);
     });
@@ -149,6 +160,11 @@ void check_pools(const char* op, const Rows& r, const Pools& pools) {
     check_int32(op, "page_lengths", pools.page_lengths);
     const ScalarType wide = accumulate_dtype(r.key);
     check_dtype(op, "key_summary", pools.key_summary, wide, wide == ScalarType::Double ? "float64" : "float32");
+    check_devices(op, {"key", r.key},
+                  {{"key_pages", pools.key_pages},
+                   {"value_pages", pools.value_pages},
+                   {"key_summary", pools.key_summary},
+                   {"page_lengths", pools.page_lengths}});
     for (const Tensor& pool : {pools.key_pages, pools.value_pages, pools.key_summary, pools.page_lengths}) {
         check(pool.is_contiguous(), op, ": pools are written in place and must be contiguous");
     }
@@ -176,6 +192,11 @@ std::tuple<Tensor, Tensor> page_write_backward(const Tensor& grad_key_pages,    
     check_same_dtype(op, "grad_value_pages", grad_value_pages, "grad_key_pages", grad_key_pages);
     const int64_t heads = grad_key_pages.size(1), page_size = grad_key_pages.size(2), width = grad_key_pages.size(3);
     check_places(op, position_ids, slots, inv_freq, width);
+    check_devices(op, {"grad_key_pages", grad_key_pages},
+                  {{"grad_value_pages", grad_value_pages},
+                   {"position_ids", position_ids},
+                   {"slots", slots},
+                   {"inv_freq", inv_freq}});
     const Tensor places = dense(slots), positions = dense(position_ids), frequencies = dense(inv_freq);
     check_slots(op, places, grad_key_pages.size(0), page_size);
     const Tensor keys = dense(grad_key_pages), values = dense(grad_value_pages);
@@ -183,10 +204,22 @@ std::tuple<Tensor, Tensor> page_write_backward(const Tensor& grad_key_pages,    
     Tensor grad_value = allocate(keys, {slots.size(0), heads, width});
     dispatch_dtype(op, "grad_key_pages", keys, [&](auto type) {
         using T = decltype(type);
-        page_write_backward_cpu(
-            PageWriteBackwardParams<T>{data<T>(keys), data<T>(values), data<int64_t>(positions), data<int64_t>(places),
-                                       data<float>(frequencies), mutable_data<T>(grad_key), mutable_data<T>(grad_value),
-                                       slots.size(0), heads, width, page_size, frequencies.size(0)});
+        const PageWriteBackwardParams<T> p{data<T>(keys),
+                                           data<T>(values),
+                                           data<int64_t>(positions),
+                                           data<int64_t>(places),
+                                           data<float>(frequencies),
+                                           mutable_data<T>(grad_key),
+                                           mutable_data<T>(grad_value),
+                                           slots.size(0),
+                                           heads,
+                                           width,
+                                           page_size,
+                                           frequencies.size(0)};
+        if constexpr (kHasCuda<T>) {
+            if (on_gpu(keys)) return page_write_backward_cuda(p, OnDevice(keys));
+        }
+        page_write_backward_cpu(p);
     });
     return {grad_key, grad_value};
 }
@@ -209,5 +242,12 @@ STABLE_TORCH_LIBRARY_IMPL(hourllava_ext, CPU, m) {
     m.impl("page_write_", TORCH_BOX(&page_write_));
     m.impl("page_write_backward", TORCH_BOX(&page_write_backward));
 }
+#ifdef HOURLLAVA_EXT_CUDA
+STABLE_TORCH_LIBRARY_IMPL(hourllava_ext, CUDA, m) {
+    m.impl("page_write", TORCH_BOX(&page_write));
+    m.impl("page_write_", TORCH_BOX(&page_write_));
+    m.impl("page_write_backward", TORCH_BOX(&page_write_backward));
+}
+#endif
 
 }  // namespace hourllava_ext
