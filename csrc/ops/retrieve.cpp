@@ -42,6 +42,14 @@ Tensor retrieve(const Tensor& query,         // (M, Hq, D)
     check(mode == "both" || mode == "rotated" || mode == "content", op,
           ": mode must be \"both\", \"rotated\" or \"content\", got \"", mode, "\"");
     const Tensor table = dense(page_table), lengths = dense(page_lengths), begins = dense(cu_seqlens);
+    check_devices(op, {"query", query},
+                  {{"position_ids", position_ids},
+                   {"cu_seqlens", cu_seqlens},
+                   {"inv_freq", inv_freq},
+                   {"key_summary", key_summary},
+                   {"page_table", page_table},
+                   {"page_lengths", page_lengths}});
+    if (keep) check_devices(op, {"query", query}, {{"keep", *keep}});
     check_page_ranges(op, table, lengths, std::numeric_limits<int32_t>::max());
     check_cu_seqlens(op, begins, query.size(0));
 
@@ -63,11 +71,17 @@ Tensor retrieve(const Tensor& query,         // (M, Hq, D)
         p.keep = keep ? data<bool>(*keep) : nullptr;
         p.shorter = mutable_data<int32_t>(shorter);
         p.tokens = query.size(0), p.query_heads = query.size(1), p.head_dim = query.size(2);
-        p.key_heads = summary.size(1);
+        p.key_heads = summary.size(1), p.pages = summary.size(0);
         p.batch = table.size(0), p.listed = table.size(1), p.kept = kept;
         p.frequencies = frequencies.size(0);
         p.first_dim = mode == "content" ? rotated : 0;
         p.last_dim = mode == "rotated" ? rotated : query.size(2);
+        if constexpr (kHasCuda<T>) {
+            if (on_gpu(query)) {
+                const Tensor scratch = allocate(query, {retrieve_cuda_scratch(p)}, ScalarType::Byte);
+                return retrieve_cuda(p, mutable_data<uint8_t>(scratch), OnDevice(query));
+            }
+        }
         retrieve_cpu(p);
     });
     return shorter;
@@ -81,5 +95,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hourllava_ext, m) {
         "Tensor page_table, Tensor page_lengths, int budget, Tensor? keep=None, str mode=\"both\") -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(hourllava_ext, CPU, m) { m.impl("retrieve", TORCH_BOX(&retrieve)); }
+#ifdef HOURLLAVA_EXT_CUDA
+STABLE_TORCH_LIBRARY_IMPL(hourllava_ext, CUDA, m) { m.impl("retrieve", TORCH_BOX(&retrieve)); }
+#endif
 
 }  // namespace hourllava_ext
