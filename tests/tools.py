@@ -123,3 +123,26 @@ def assert_compiles_fullgraph(function: Callable[..., Any], *args: Any) -> None:
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for eager, traced in zip(run(function, args), run(compiled, args), strict=True):
         torch.testing.assert_close(traced, eager, rtol=0, atol=0, equal_nan=True)
+
+
+def on(device: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of CPU tensors that computes on a device."""
+
+    def move(value: Any, to: str) -> Any:
+        return value.to(to) if isinstance(value, Tensor) else value
+
+    def moved(*args: Any) -> Any:
+        out = function(*(move(a, device) for a in args))
+        return tuple(move(o, "cpu") for o in out) if isinstance(out, tuple) else move(out, "cpu")
+
+    return moved
+
+
+def leaf(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Random numbers that want a gradient."""
+    return torch.randn(shape, dtype=dtype, requires_grad=True)
+
+
+def frequencies(count: int) -> Tensor:
+    """Radians per position, as models choose them. (count,) float32"""
+    return 10000.0 ** -(torch.arange(count) / max(count, 1))
