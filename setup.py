@@ -35,9 +35,7 @@ def cuda_compiler() -> str | None:
         if release < OLDEST_NVCC:
             problem = f"{nvcc} is of CUDA {release[0]}.{release[1]}, older than {OLDEST_NVCC[0]}.{OLDEST_NVCC[1]}"
     if problem and wanted == "1":
-        sys.exit(
-            f"hourllava_ext: HOURLLAVA_EXT_CUDA=1 asks for the CUDA kernels, but {problem}; install the CUDA toolkit"
-        )
+        sys.exit(f"hourllava_ext: HOURLLAVA_EXT_CUDA=1, but {problem}; install the CUDA toolkit, or unset it")
     if problem and wanted == "":
         print(f"hourllava_ext: building without the CUDA kernels: {problem}", flush=True)
     return None if problem or wanted == "0" else nvcc

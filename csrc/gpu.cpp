@@ -17,7 +17,10 @@ using StreamGetter = AOTITorchError (*)(int32_t device, Stream* stream);
 StreamGetter stream_getter() {
     void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
     check(torch_cuda != nullptr, "hourllava_ext: the installed torch has no CUDA, install one that has");
-    return reinterpret_cast<StreamGetter>(dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream"));
+    void* getter = dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream");
+    check(getter != nullptr,
+          "hourllava_ext: the installed torch has another CUDA interface, install torch 2.10 or newer");
+    return reinterpret_cast<StreamGetter>(getter);
 }
 
 Stream current_stream(int32_t device) {

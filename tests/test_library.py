@@ -38,3 +38,35 @@ def test_missing_binary_says_what_to_do(tmp_path: Path) -> None:
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError: hourllava_ext: ")
     assert "run `pip install -e . --no-build-isolation`" in last
+
+
+@pytest.mark.parametrize(
+    ("switch", "release", "told"),
+    [
+        ("1", None, "HOURLLAVA_EXT_CUDA=1, but there is no nvcc on PATH; install the CUDA toolkit, or unset it"),
+        ("1", "11.8", "is of CUDA 11.8, older than 12.8; install the CUDA toolkit, or unset it"),
+        ("yes", None, "HOURLLAVA_EXT_CUDA is 'yes'; set it to 0 or 1, or not at all"),
+    ],
+)
+def test_build_without_the_nvcc_it_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, switch: str, release: str | None, told: str
+) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho release {release}")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("HOURLLAVA_EXT_CUDA", switch)
+    found = None if release is None else str(nvcc)
+    program = f"""
+import runpy, shutil, sys
+shutil.which = lambda name: {found!r}
+sys.argv = ["setup.py", "-q", "build_ext", "--build-lib", {str(tmp_path)!r}]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("hourllava_ext: ")
+    assert last.endswith(told)
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.glob("**/*.so")) == []

@@ -52,8 +52,7 @@ __global__ void list_tokens(PageWriteParams<T> p, Inverse inverse) {
 // Sum, minimum and maximum of the rows that a thread has seen, for the 2N dims of its column.
 template <int N>
 struct Moments {
-    double sum[2 * N];
-    float low[2 * N], high[2 * N];
+    float sum[2 * N], low[2 * N], high[2 * N];
 
     __device__ Moments() {
 #pragma unroll
@@ -74,8 +73,7 @@ struct Moments {
 // What the warps of a block found, for kColumns columns.
 template <int N>
 struct SharedMoments {
-    double sum[kWarps][kColumns * 2 * N];
-    float low[kWarps][kColumns * 2 * N], high[kWarps][kColumns * 2 * N];
+    float sum[kWarps][kColumns * 2 * N], low[kWarps][kColumns * 2 * N], high[kWarps][kColumns * 2 * N];
 };
 
 // A column of one row: from the token that is new there to the page, or, without one, from the page.
@@ -139,9 +137,10 @@ __device__ void summarize(Moments<N>& moments, SharedMoments<N>& shared, const H
     __syncthreads();
 }
 
-// Block: page that gets rows, and head. kRowLanes rows at a time, kColumns threads a row.
+// Block: page that gets rows, and head. kRowLanes rows at a time, kColumns threads a row; few enough registers that a
+// multiprocessor has two blocks, to have reads of one in flight while the other writes.
 template <class T, int N>
-__global__ void write_pages(PageWriteParams<T> p, Inverse inverse) {
+__global__ void __launch_bounds__(kThreads, 2) write_pages(PageWriteParams<T> p, Inverse inverse) {
     __shared__ SharedMoments<N> shared;
     if (static_cast<int64_t>(blockIdx.x) > *inverse.touched) return;
     const int64_t page = inverse.pages[blockIdx.x], head = blockIdx.y, filled = p.page_lengths[page];

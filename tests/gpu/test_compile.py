@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from importlib.metadata import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,10 +47,16 @@ def compile_for_all(source: Path, folder: Path) -> Path:
     targets = [f"-gencode=arch=compute_{a[3:]},code={a}" for a in ARCHITECTURES]
     flags = ["-std=c++17", "-O3", "-Werror=all-warnings", f"-I{ROOT / 'csrc'}", *targets, "--threads=2"]
     built = folder / f"{source.stem}.o"
-    command = [str(NVCC), *flags, "-c", str(source), "-o", str(built)]
+    ptx = "-gencode=arch=compute_80,code=compute_80"
+    command = [str(NVCC), *flags, ptx, "-c", str(source), "-o", str(built)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return built
+
+
+def cuobjdump(option: str, objects: list[Path]) -> str:
+    program = next(f.locate() for f in files("nvidia-cuda-cuobjdump") or [] if f.name == "cuobjdump")
+    return "".join(subprocess.check_output([str(program), option, str(o)], text=True) for o in objects)
 
 
 def test_cuda(tmp_path: Path) -> None:
@@ -59,8 +66,13 @@ def test_cuda(tmp_path: Path) -> None:
     if not info["cuda"] and NVCC is None:
         pytest.skip("NO NVCC: the CUDA kernels are NOT COMPILED; install the CUDA toolkit")
     objects = [Path(info["library"])] if info["cuda"] else [compile_for_all(s, tmp_path) for s in sources]
-    cuobjdump = next(f.locate() for f in files("nvidia-cuda-cuobjdump") or [] if f.name == "cuobjdump")
-    listings = [subprocess.check_output([str(cuobjdump), "-lelf", str(o)], text=True) for o in objects]
-    # One line a piece of machine code, such as "ELF file    1: rope.1.sm_80.cubin".
-    found = re.findall(r"(\w+)(?:\.\d+)?\.(sm_\w+)\.cubin", "".join(listings))
-    assert sorted(found) == sorted((s.stem, a) for s in sources for a in ARCHITECTURES)
+    # One line a source and architecture, such as "ELF file    1: rope.1.sm_80.cubin".
+    machine_code = Counter(re.findall(r"\.(sm_\w+)\.cubin", cuobjdump("-lelf", objects)))
+    assert machine_code == {a: len(sources) for a in ARCHITECTURES}
+
+    kernels = dict(re.findall(r"\.entry (\w+)\((.*?)\n}", cuobjdump("-ptx", objects), re.DOTALL))
+    assert [s.stem for s in sources if not any(f"_{s.stem}_cu_" in name for name in kernels)] == []
+    # Those for rows of whole vectors have the number of elements in their names: 4 floats, or 8 halves.
+    vectors = {name: body for name, body in kernels.items() if re.search(r"Li[48]E", name)}
+    assert vectors
+    assert [name for name, body in vectors.items() if not re.search(r"(ld|st)\.global(\.nc)?\.v4", body)] == []

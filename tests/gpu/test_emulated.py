@@ -7,6 +7,8 @@ import torch
 from tools import frequencies
 from torch import Tensor
 
+import hourllava_ext
+
 
 def everything(width: int, dtype: torch.dtype) -> list[Tensor]:
     """What every CUDA kernel makes of the same numbers."""
@@ -50,3 +52,22 @@ def test_order_of_threads_changes_nothing(width: int, dtype: torch.dtype) -> Non
 def run_in(order: int, width: int, dtype: torch.dtype) -> list[Tensor]:
     with emulation.thread_order(order):
         return everything(width, dtype)
+
+
+def test_pool_beyond_32_bits() -> None:
+    """A pool of more than 2^31 elements, written at both ends (on the CPU untouched pages take no memory)."""
+    emulation.build()
+    on_gpu = torch.cuda.is_available()
+    write = hourllava_ext.page_write_ if on_gpu else torch.ops.hourllava_emulated.page_write_
+    with torch.device("cuda" if on_gpu else "cpu"):
+        width, page_size, count = 128, 128, 2**17 + 3
+        keys, values = (torch.empty(count, 1, page_size, width, dtype=torch.bfloat16) for _ in range(2))
+        assert keys.numel() > 2**31
+        summary, lengths = torch.zeros(count, 1, 3, width), torch.zeros(count, dtype=torch.int32)
+        rows, inv_freq = torch.randn(3, 1, width, dtype=torch.bfloat16), torch.ones(16)
+        slots = torch.tensor([0, 2**16 * page_size, (count - 1) * page_size])
+        write(rows, rows, torch.zeros(3, dtype=torch.int64), slots, inv_freq, keys, values, summary, lengths)
+        assert torch.equal(keys.flatten(0, 2)[slots], rows[:, 0])
+        assert torch.equal(values.flatten(0, 2)[slots], rows[:, 0])
+        assert lengths.nonzero()[:, 0].tolist() == (slots // page_size).tolist()
+        assert torch.equal(summary[-1, 0], rows[2].float().expand(3, width))

@@ -21,6 +21,7 @@
 #define __device__
 #define __host__
 #define __shared__ static
+#define __launch_bounds__(...)
 
 struct Index {
     unsigned x = 0, y = 0, z = 0;
