@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip
 export PATH := $(abspath $(BIN)):$(PATH)
 # What the extension is built from: when one of these changes, the next target builds again.
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
-CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 BENCHMARKS := benchmarks/ops/*.py benchmarks/scaling.py -q --benchmark-disable-gc --benchmark-columns=median,rounds
 
