@@ -159,12 +159,24 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     train = commands.add_parser(
         "train",
         help="train a model by a recipe",
-        description=("Train a model from nothing. Stages that the output folder already holds are not repeated."),
+        epilog=EPILOG,
+        description=(
+            "Train by a recipe. A run that the output folder holds already goes on where it stopped; SIGTERM saves "
+            "before it ends the run. Under torchrun, all processes train together."
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    train.add_argument("recipe", metavar="RECIPE", help="`tiny` is the model in the package")
     train.add_argument(
-        "-o", "--output", metavar="DIR", type=Path, help="where to save it (default: build/train/RECIPE)"
+        "recipe", metavar="RECIPE", help="`tiny` is the model in the package; s1-3b ... s3-7b the paper's"
     )
+    train.add_argument(
+        "changes",
+        metavar="--FIELD VALUE",
+        nargs=argparse.REMAINDER,
+        help="another value for a field of the recipe; --print shows all of it and trains nothing; "
+        "-o DIR, --output DIR is where to save (default: build/train/RECIPE)",
+    )
+    train.add_argument("-o", "--output", metavar="DIR", type=Path, help=argparse.SUPPRESS)
     train.set_defaults(run=_train)
 
 
@@ -311,10 +323,9 @@ def _watch(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from hourllava.train import run
+    from hourllava.cli.train import train
 
-    print(run(args.recipe, args.output or Path("build/train") / args.recipe))
-    return EXIT_OK
+    return train(args.recipe, args.changes, args.output)
 
 
 def _evaluate(args: argparse.Namespace) -> int:

@@ -96,6 +96,9 @@ def row_layout(position_ids: Tensor) -> PageLayout:
 def join_layouts(layouts: list[PageLayout | None], device: torch.device) -> PageLayout:
     """The memories of a batch, one after the other in one pool of pages; None for a sample without any."""
     given = [layout for layout in layouts if layout is not None]
+    if not given:  # a pool of one page that no sample lists
+        nothing = torch.zeros(0, dtype=torch.int64, device=device)
+        return PageLayout(nothing, nothing, torch.full((len(layouts), 1), -1, dtype=torch.int32, device=device), 1)
     pages = torch.tensor([layout.num_pages if layout else 0 for layout in layouts], device=device)
     first_page = pages.cumsum(0) - pages
     column = torch.arange(max(layout.num_pages for layout in given), device=device)

@@ -23,7 +23,7 @@ from .configuration import HourLlavaConfig
 from .original import TOWER_REPOSITORY, is_original, tower_config
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-TOWER = "model.vision_tower.vision_tower.vision_model."
+TOWER, RESAMPLER = "model.vision_tower.vision_tower.vision_model.", "model.vision_resampler."
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 AGAIN = "download it again, all of its files"
 _LFS_POINTER = b"version https://git-lfs"
@@ -96,6 +96,7 @@ def open_checkpoint(
     network: type[nn.Module],
     config: HourLlavaConfig,
     vision_tower: str | os.PathLike[str] | None = None,
+    new_resampler: int | None = None,
 ) -> Checkpoint:
     """Read the headers of a checkpoint's files and hold them against the model.
 
@@ -105,6 +106,7 @@ def open_checkpoint(
             tower, and whether the head is tied.
         vision_tower: folder of the tower's own repository, for a checkpoint that holds no tower; by default what the
             original's `mm_vision_tower` names, if it is a folder or in the hub's cache.
+        new_resampler: a checkpoint without MemAug is to get a new one of so many blocks.
 
     Raises:
         ModelError: a file is missing, damaged or only the pointer to one, or tensors are missing, unexpected or of
@@ -124,7 +126,10 @@ def open_checkpoint(
     if told and "tie_word_embeddings" not in told:
         config.text_config.tie_word_embeddings = True
     _settle_head(checkpoint)
-    _compare(checkpoint, network)
+    fresh = new_resampler is not None and not any(name.startswith(RESAMPLER) for name in checkpoint.tensors)
+    if fresh:
+        config.memaug_depth = new_resampler
+    _compare(checkpoint, network, RESAMPLER if fresh else None)
     return checkpoint
 
 
@@ -244,11 +249,13 @@ def _settle_head(checkpoint: Checkpoint) -> None:
     config.tie_word_embeddings = decoder.tie_word_embeddings
 
 
-def _compare(checkpoint: Checkpoint, network: type[nn.Module]) -> None:
+def _compare(checkpoint: Checkpoint, network: type[nn.Module], made_anew: str | None) -> None:
     with torch.device("meta"):
         needed = {name: tuple(tensor.shape) for name, tensor in network(checkpoint.config).state_dict().items()}
     if checkpoint.config.tie_word_embeddings and HEAD not in checkpoint.tensors:
         del needed[HEAD]
+    if made_anew is not None:
+        needed = {name: shape for name, shape in needed.items() if not name.startswith(made_anew)}
     stored = {name: tensor.shape for name, tensor in (checkpoint.tensors | checkpoint.from_elsewhere).items()}
     missing = [name for name in needed if name not in stored]
     unexpected = [name for name in stored if name not in needed]

@@ -4,8 +4,10 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypedDict, cast
 
 from torch import Tensor
+from torch import distributed as dist
 
 from hourllava.errors import InputError
 
@@ -22,6 +24,31 @@ class Visual:
     content: Tensor  # (n, 3, S, S) frames or tiles, or the tower's (n, N, Cv) features of them
     modality: str  # "video" or "image"
     size: tuple[int, int] | None  # height and width of a tiled image
+
+
+class VisualOptions(TypedDict, total=False):
+    """Keyword arguments of `forward` and `generate` that say how images and videos are used.
+
+    `spatial_picks` and `frame_picks` hold one entry, or None, for each <image> mark. Picks are int64: of a video
+    (T_mem, k), tokens of every remembered frame; of an image of one tile (k,); of a tiled image (k,), where ids below N
+    are tokens of the base and the others, less N, of the unpadded grid, ascending.
+    """
+
+    query_mask: Tensor | None  # (B, L) bool: text tokens that join MemAug's queries
+    spatial_picks: list[Tensor | None] | None
+    frame_picks: list[Tensor | None] | None  # of a video (n,) int64, ascending: the remembered frames that stay
+    temporal_forgetting: str | None  # instead of the config's rules and seed
+    spatial_forgetting: str | None
+    forgetting_seed: int | None
+    memaug: bool  # False sends the kept tokens to the decoder as they are
+    use_memory: bool  # False drops MemAug's attention to the memory
+    tower_passes: int  # run the tower at least so often: see `blank`
+    memory_group: dist.ProcessGroup | None  # spread each memory over these processes: see `sharing`
+
+
+def pop_visual_options(kwargs: dict[str, Any]) -> VisualOptions:
+    """Move the options of `VisualOptions` out of a forward's keyword arguments."""
+    return cast(VisualOptions, {name: kwargs.pop(name) for name in VisualOptions.__annotations__ if name in kwargs})
 
 
 def read_visuals(

@@ -6,12 +6,14 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import hourllava_ext as ext
 from hourllava.memory.pages import PAGE_SIZE, MemoryPages, PageLayout
+from hourllava.memory.sharding import sharded_attention
 
 from .stream import QueryStream
 
@@ -33,6 +35,7 @@ class MemoryUse:
     use_memory: bool = True  # False drops the cross-attention term, keeping everything else
     budget: PageBudget | None = None  # None reads all
     mass_weight: Tensor | None = None  # (M,) weight of each query row in the returned attention mass
+    group: dist.ProcessGroup | None = None  # processes that hold the other pages; neither budget nor mass with it
 
 
 def rotary_frequencies(config: PreTrainedConfig, device: torch.device) -> Tensor:
@@ -91,6 +94,9 @@ class CrossAttention(nn.Module):
         rows' attention (P,) if asked for.
         """
         query = self.Wq(x).view(len(x), -1, self.head_dim)
+        if use.group is not None:
+            out, lse = sharded_attention(query, pages, stream.position_ids, stream.cu_seqlens, inv_freq, use.group)
+            return self.Wo(out.flatten(1)), lse, None
         bounds, table, budget = stream.cu_seqlens, pages.page_table, use.budget
         if budget is not None:
             bounds, table = _tiles(stream, table, budget.tile)

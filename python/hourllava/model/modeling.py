@@ -4,7 +4,7 @@ lets those read the memory, and the decoder reads the augmented queries in place
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, TypedDict, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,40 +16,27 @@ from hourllava.errors import InputError, ModelError
 from hourllava.memory import HeldMemory, VideoMemory
 from hourllava.memory.pages import join_layouts
 
-from . import asking, pretrained, watching
+from . import asking, blank, pretrained, watching
 from .asking import Answer, AskOptions
 from .configuration import ORIGINAL_IMAGE_TOKEN, HourLlavaConfig
 from .forgetting import Forgetting
-from .inputs import Visual, check_content, check_lengths, check_targets, group_by_sample, read_visuals
+from .inputs import (
+    Visual,
+    VisualOptions,
+    check_content,
+    check_lengths,
+    check_targets,
+    group_by_sample,
+    pop_visual_options,
+    read_visuals,
+)
 from .memaug import MemAug, MemoryUse
 from .processing import HourLlavaProcessor
 from .prompt import has_tokenizer, load_tokenizer
-from .remembering import Choice, Remembered, remember_images, remember_tiles, remember_video
-from .stream import Interleaved, interleave, pad_rows, query_stream
-from .vision import VisionTower
-
-
-class VisualOptions(TypedDict, total=False):
-    """Keyword arguments of `forward` and `generate` that say how images and videos are used.
-
-    `spatial_picks` and `frame_picks` hold one entry, or None, for each <image> mark. Picks are int64: of a video
-    (T_mem, k), tokens of every remembered frame; of an image of one tile (k,); of a tiled image (k,), where ids below N
-    are tokens of the base and the others, less N, of the unpadded grid, ascending.
-    """
-
-    query_mask: Tensor | None  # (B, L) bool: text tokens that join MemAug's queries
-    spatial_picks: list[Tensor | None] | None
-    frame_picks: list[Tensor | None] | None  # of a video (n,) int64, ascending: the remembered frames that stay
-    temporal_forgetting: str | None  # instead of the config's rules and seed
-    spatial_forgetting: str | None
-    forgetting_seed: int | None
-    memaug: bool  # False sends the kept tokens to the decoder as they are
-    use_memory: bool  # False drops MemAug's attention to the memory
-
-
-def pop_visual_options(kwargs: dict[str, Any]) -> VisualOptions:
-    """Move the options of `VisualOptions` out of a forward's keyword arguments."""
-    return cast(VisualOptions, {name: kwargs.pop(name) for name in VisualOptions.__annotations__ if name in kwargs})
+from .remembering import Choice, Remembered, remember
+from .sharing import Share
+from .stream import Interleaved, interleave, left_padding, pad_rows, query_stream
+from .vision import VisionTower, count_passes
 
 
 class HourLlavaModel(Qwen2Model):
@@ -64,8 +51,9 @@ class HourLlavaModel(Qwen2Model):
         self.vision_tower = None if config.vision_config is None else VisionTower(config.vision_config)
         self.post_init()
 
-    def project(self, visuals: list[Visual], video_grid: int) -> list[tuple[Tensor, Tensor]]:
-        """Features (n, N, Cv) of each, pooled if they are a video's, and the tokens (n, N, C) projected from them.
+    def project(self, visuals: list[Visual], video_grid: int, passes: int = 0) -> list[tuple[Tensor, Tensor]]:
+        """Features (n, N, Cv) of each, pooled if they are a video's, and the tokens (n, N, C) projected from them; the
+        tower runs at least `passes` times.
 
         Raises:
             ModelError: there are pixels, but no tower.
@@ -85,6 +73,9 @@ class HourLlavaModel(Qwen2Model):
                 if grid and features[index].shape[1] > grid**2:
                     features[index] = ext.pool_grid(features[index], grid)
         rows = self.mm_projector(torch.cat([feature.flatten(0, 1) for feature in features]))
+        missing = passes - count_passes([v.content for v in visuals], [v.modality for v in visuals])
+        if missing > 0 and self.vision_tower is not None:
+            rows = rows + blank.tower_runs(self.vision_tower, missing)
         tokens = rows.split([feature.shape[0] * feature.shape[1] for feature in features])
         return [(f, t.view(*f.shape[:2], -1)) for f, t in zip(features, tokens, strict=True)]
 
@@ -146,6 +137,7 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
             ModelError: the model has no tower for pixels.
         """
         options = pop_visual_options(kwargs)
+        targets = kwargs.pop("num_items_in_batch", None)  # of the whole step, where gradients are accumulated
         past = kwargs.get("past_key_values")
         visuals = read_visuals(pixel_values, vision_features, modalities, image_sizes)
         if visuals and input_ids is None:
@@ -155,14 +147,15 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
         if input_ids is not None and is_prompt:
             inputs_embeds, labels, rows = self._expand(input_ids, attention_mask, labels, visuals, options)
             # Causal attention never looks at padding at the right: only padding at the left needs a mask.
-            attention_mask, position_ids = (None, None) if rows is None else _left_padding(rows)
+            attention_mask, position_ids = (None, None) if rows is None else left_padding(rows)
             input_ids = None
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size)
+            vocabulary = self.config.text_config.vocab_size
+            loss = self.loss_function(logits, labels, vocabulary, num_items_in_batch=targets)
         rest = {name: outputs.get(name) for name in ("past_key_values", "hidden_states", "attentions")}
         return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
 
@@ -184,7 +177,7 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
             return super().generate(inputs, **kwargs)  # type: ignore[misc]
         packed, rows = self._embed(inputs, kwargs.pop("attention_mask", None), None, visuals, options)
         embeds = pad_rows(packed, rows, 0.0, left=True)
-        mask, _ = _left_padding(rows)
+        mask, _ = left_padding(rows)
         return super().generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)  # type: ignore[misc]
 
     @classmethod
@@ -200,7 +193,8 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
         Args:
             pretrained_model_name_or_path: a directory, or a repository of the hub.
             vision_tower: a directory with the tower's own repository, for checkpoints that hold none.
-            kwargs: fields of the config to change, and what transformers takes (`dtype`, `device_map`, ...).
+            kwargs: fields of the config to change, what transformers takes (`dtype`, `device_map`, ...), and
+                `new_resampler`: how many blocks MemAug, as it is before training, gets where the checkpoint has none.
 
         Raises:
             ModelError: there is no such model, a file is missing or damaged, or tensors do not fit.
@@ -328,71 +322,72 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
         check_lengths(rows.lengths, lengths, groups, self.config.text_config.max_position_embeddings)
         packed = packed[rows.order]
         if self.training and not visuals:
-            packed = packed + 0 * self._parameters_of_visuals()
+            seen = blank.visual(self.config, self.model.image_newline)
+            mark = torch.ones(1, 1, dtype=torch.bool, device=text.device)
+            tokens, _ = self._augment(self.model.image_newline[None, None], mark, ~mark, [[seen]], options)
+            packed = packed + 0 * tokens.sum()
         return packed, rows
 
     def _augment(
         self, text: Tensor, marks: Tensor, keep: Tensor, groups: list[list[Visual]], options: VisualOptions
     ) -> tuple[Tensor, list[int]]:
         """The kept visual tokens (V, C) of all samples after MemAug, and how many each mark has."""
-        remembered = self._remember(text, marks, keep, groups, options)
-        kept = [kept for memory in remembered if memory for kept in memory.kept]
-        visual, lengths = torch.cat([k.tokens for k in kept]), [len(k.tokens) for k in kept]
+        group = options.get("memory_group")
+        share = None if group is None else Share.of(group)
+        remembered = self._remember(text, marks, keep, groups, options, share)
+        memories = [memory for memory in remembered if memory]
+        kept = [kept for memory in memories for kept in memory.kept]
+        lengths = [len(k.position_ids) for k in kept]
+        visual = torch.cat([k.tokens for k in kept]) if share is None else share.gather(kept)
         if not options.get("memaug", True):
             return visual, lengths
         position_ids = torch.cat([k.position_ids for k in kept])
         rows, stream = query_stream(marks, keep, position_ids, lengths, [k.span for k in kept])
         layout = join_layouts([memory.layout if memory else None for memory in remembered], visual.device)
-        tokens = [memory.tokens for memory in remembered if memory]
+        tokens = [memory.tokens for memory in memories]
         pages = self.model.vision_resampler.write(tokens[0] if len(tokens) == 1 else torch.cat(tokens), layout)
         queries = torch.cat([text.flatten(0, 1), visual])[rows.order]
-        use = MemoryUse(use_memory=options.get("use_memory", True))
+        use = MemoryUse(use_memory=options.get("use_memory", True), group=group)
+        pages = pages if share is None else share.scale(pages)
         augmented, _ = self.model.vision_resampler(queries, stream, pages, use)
         return augmented[rows.visual], lengths
 
     def _remember(
-        self, text: Tensor, marks: Tensor, keep: Tensor, groups: list[list[Visual]], options: VisualOptions
+        self,
+        text: Tensor,
+        marks: Tensor,
+        keep: Tensor,
+        groups: list[list[Visual]],
+        options: VisualOptions,
+        share: Share | None,
     ) -> list[Remembered | None]:
-        """Each sample's memory, None where there is nothing to see."""
-        encoded = iter(self.model.project([v for group in groups for v in group], self.config.video_grid))
-        forgetting = self.forgetting(options)
-        count = sum(map(len, groups))
-        frame_picks = iter(options.get("frame_picks") or [None] * count)
-        spatial_picks = iter(options.get("spatial_picks") or [None] * count)
+        """Each sample's memory, None where there is nothing to see; with `share`, this process' part of it."""
+        visuals = [visual for group in groups for visual in group]
+        seen = visuals if share is None else [share.cut(self.config, visual) for visual in visuals]
+        encoded = iter(self.model.project(seen, self.config.video_grid, options.get("tower_passes", 0)))
+        forgetting, newline = self.forgetting(options), self.model.image_newline
+        frame_picks = iter(options.get("frame_picks") or [None] * len(visuals))
+        spatial_picks = iter(options.get("spatial_picks") or [None] * len(visuals))
         behind = keep & (marks.cumsum(1) > 0)
         memories: list[Remembered | None] = []
         for number, group in enumerate(groups):
+            if not group:
+                memories.append(None)
+                continue
             given = [next(encoded) for _ in group]
             question = text[number][behind[number]]
             choices = [Choice(forgetting, question, f, next(frame_picks), next(spatial_picks)) for f, _ in given]
             tokens = [t for _, t in given]
-            newline = self.model.image_newline.to(tokens[0].dtype) if group else None
-            if newline is None:
-                memories.append(None)
-            elif group[0].modality == "video":
-                memories.append(remember_video(self.config, tokens[0], newline, choices[0]))
-            elif len(tokens[0]) > 1:
-                size = cast(tuple[int, int], group[0].size)
-                memories.append(remember_tiles(self.config, tokens[0], newline, choices[0], size))
+            line = newline.to(tokens[0].dtype)
+            if share is not None and group[0].modality == "video":
+                frames = len(group[0].content)
+                memories.append(share.remember_video(self.config, frames, tokens[0], line, choices[0]))
             else:
-                memories.append(remember_images(self.config, torch.cat(tokens), newline, choices))
+                memory = remember(self.config, group, tokens, line, choices)
+                memories.append(memory if share is None else share.own(memory, number))
         return memories
 
     def forgetting(self, options: VisualOptions) -> Forgetting:
         """The rules of forgetting: those of a call where it names some, else the config's."""
         named = (options.get("temporal_forgetting"), options.get("spatial_forgetting"), options.get("forgetting_seed"))
         return Forgetting.of(self.config, *named)
-
-    def _parameters_of_visuals(self) -> Tensor:
-        """Their sum. A batch of text adds none of it, so that they get gradients, of zero, in every step: what keeps
-        the processes of a distributed run in step."""
-        inner = self.model
-        modules = [m for m in (inner.mm_projector, inner.vision_resampler, inner.vision_tower) if m is not None]
-        parameters = [inner.image_newline, *(p for module in modules for p in module.parameters())]
-        return torch.stack([p.sum() for p in parameters if p.requires_grad] or [parameters[0].new_zeros(())]).sum()
-
-
-def _left_padding(rows: Interleaved) -> tuple[Tensor, Tensor]:
-    """The decoder's attention mask and position ids (B, longest) of rows padded at the left."""
-    mask = pad_rows(torch.ones_like(rows.order), rows, 0, left=True)
-    return mask, pad_rows(rows.rank, rows, 0, left=True)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What of a model trains: its parts by name, and a table of them to print before hours are spent."""
 
+from collections.abc import Mapping
+
 from torch import nn
 
 # Parts of the model by what stands in the names of their parameters; the rest is the decoder.
@@ -15,13 +17,15 @@ PARTS = {
 DECODER = "decoder"
 
 
-def parts_table(model: nn.Module) -> str:
+def parts_table(model: nn.Module, rates: Mapping[str, float] | None = None) -> str:
     """A line for each part of the model with the parameters that it has and that train, LoRA's own apart.
 
     Args:
         model: a `HourLlavaForConditionalGeneration`, or what PEFT made of one.
+        rates: learning rates of parameters, by name; they are shown in a column of their own.
     """
     rows: dict[str, list[int]] = {part: [0, 0] for part in (*PARTS, DECODER)}
+    shown: dict[str, set[float]] = {}
     for name, parameter in model.named_parameters():
         part = next((part for part, mark in PARTS.items() if mark in name), DECODER)
         if ".lora_" in name:
@@ -29,9 +33,12 @@ def parts_table(model: nn.Module) -> str:
         row = rows.setdefault(part, [0, 0])
         row[0] += parameter.numel()
         row[1] += parameter.numel() * parameter.requires_grad
+        if rates and name in rates:
+            shown.setdefault(part, set()).add(rates[name])
     rows["all"] = [sum(column) for column in zip(*rows.values(), strict=True)]
-    lines = [f"{'part':24}{'parameters':>16}{'train':>16}{'share':>10}"]
+    lines = [f"{'part':24}{'parameters':>16}{'train':>16}{'share':>10}" + f"{'rate':>10}" * bool(rates)]
     for part, (count, training) in rows.items():
         if count:
-            lines.append(f"{part:24}{count:16,}{training:16,}{training / count:10.2%}")
+            rate = ", ".join(f"{rate:g}" for rate in sorted(shown.get(part, ())))
+            lines.append(f"{part:24}{count:16,}{training:16,}{training / count:10.2%}{rate:>{10 if rates else 0}}")
     return "\n".join(lines)

@@ -24,6 +24,7 @@ def load(
     name: str | os.PathLike[str] | None,
     *args: Any,
     vision_tower: str | os.PathLike[str] | None,
+    new_resampler: int | None = None,
     **kwargs: Any,
 ) -> Any:
     """See `HourLlavaForConditionalGeneration.from_pretrained`; `load_weights` is transformers' own."""
@@ -34,7 +35,7 @@ def load(
     if config is None:
         fields = [field for field in kwargs if field in HourLlavaConfig.__annotations__]
         config = read_config(folder, **{field: kwargs.pop(field) for field in fields})
-    opened = open_checkpoint(folder, network, config, vision_tower)
+    opened = open_checkpoint(folder, network, config, vision_tower, new_resampler)
     with own_report():
         loaded = load_weights(folder, *args, config=opened.config, **kwargs)
     model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info it is a pair

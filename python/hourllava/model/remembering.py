@@ -2,6 +2,7 @@
 """From the tokens of what stands at a prompt's marks to its memory, and to the few of them that become queries."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from hourllava.memory.pages import PageLayout, row_layout, video_layout
 from .configuration import HourLlavaConfig
 from .forgetting import Forgetting, kept_frames, rank_frames, remembered_frames, spatial_picks, spread_frames
 from .images import assemble_grid, nearest_cells
+from .inputs import Visual
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Kept:
     tokens: Tensor  # (V, C), a newline after each frame, image or row of a grid
     position_ids: Tensor  # (V,) int64, in the memory of the mark's sample
     span: int  # positions that the mark takes up
+    shares: tuple[int, ...] = ()  # rows that each process holds, where `tokens` are only this one's: see `sharing`
 
     def to(self, device: torch.device) -> "Kept":
         """The same on another device."""
@@ -33,7 +36,7 @@ class Remembered:
     """A sample's memory: what every MemAug block makes keys and values of, and the tokens kept at each of its marks."""
 
     tokens: Tensor  # (R, C)
-    layout: PageLayout
+    layout: PageLayout | None  # None: another process holds all of it
     kept: list[Kept]
 
 
@@ -46,6 +49,24 @@ class Choice:
     features: Tensor | None = None  # (T, N, Cv) of a video's frames, as they were before the projector
     frames: Tensor | None = None  # (n,) int64: frames of the memory to keep, whatever the rule
     patches: Tensor | None = None  # tokens to keep, whatever the rule; see `VisualOptions.spatial_picks`
+
+
+def remember(
+    config: HourLlavaConfig, visuals: list[Visual], tokens: list[Tensor], newline: Tensor, choices: list[Choice]
+) -> Remembered:
+    """The memory of what stands at the marks of a sample.
+
+    Args:
+        visuals: one video, one image in tiles, or any number of images of one tile each.
+        tokens: (n, N, C) of each.
+        newline: (C,).
+        choices: of each.
+    """
+    if visuals[0].modality == "video":
+        return remember_video(config, tokens[0], newline, choices[0])
+    if len(tokens[0]) > 1:
+        return remember_tiles(config, tokens[0], newline, choices[0], cast(tuple[int, int], visuals[0].size))
+    return remember_images(config, torch.cat(tokens), newline, choices)
 
 
 def repeat_frames(config: HourLlavaConfig, tokens: Tensor) -> Tensor:

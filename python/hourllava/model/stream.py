@@ -88,3 +88,9 @@ def pad_rows(x: Tensor, rows: Interleaved, fill: float, left: bool = False) -> T
     padded = x.new_full((len(rows.lengths) * longest, *x.shape[1:]), fill)
     padded = padded.index_copy(0, rows.sample * longest + column, x)
     return padded.view(len(rows.lengths), longest, *x.shape[1:])
+
+
+def left_padding(rows: Interleaved) -> tuple[Tensor, Tensor]:
+    """The decoder's attention mask and position ids (B, longest) of rows padded at the left."""
+    mask = pad_rows(torch.ones_like(rows.order), rows, 0, left=True)
+    return mask, pad_rows(rows.rank, rows, 0, left=True)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The SigLIP tower: frames to patch features, read after the last configured layer and before any norm or head."""
 
+import math
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -45,3 +47,16 @@ class VisionTower(nn.Module):
     def _normalise(self, frames: Tensor) -> Tensor:
         pixels = frames.to(self.model.post_layernorm.weight)
         return pixels / 127.5 - 1 if frames.dtype == torch.uint8 else pixels
+
+
+def count_passes(content: Sequence[Tensor], modalities: Sequence[str]) -> int:
+    """How often the tower runs for what stands at the marks of a batch: features need it no more.
+
+    Args:
+        content: (n, 3, S, S) pixels or (n, N, Cv) features of each.
+        modalities: "video" or "image" of each.
+    """
+    counts = dict.fromkeys(modalities, 0)
+    for one, modality in zip(content, modalities, strict=True):
+        counts[modality] += len(one) if one.dim() == 4 and one.shape[1] == 3 else 0
+    return sum(math.ceil(count / CHUNK) for count in counts.values())

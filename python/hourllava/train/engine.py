@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a recipe: build the model, go through its stages, save after each, and leave a directory that `ask` can open."""
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -17,22 +15,28 @@ from hourllava.model import HourLlavaForConditionalGeneration
 from hourllava.model.configuration import tiny_config
 from hourllava.train.examples import Batch, Examples
 from hourllava.train.grounding import Grounding
-from hourllava.train.recipes import PARTS, RECIPES, TOWER_RATE, Recipe, Stage
+from hourllava.train.overrides import RECIPE_FILE, find_recipe, show
+from hourllava.train.recipes import PARTS, TOWER_RATE, Recipe, Stage, Training
 from hourllava.train.tower import pretrain_tower
+from hourllava.train.training import train
 
 
 def run(recipe_name: str, out_dir: str | Path) -> Path:
-    """Train ``recipe_name`` from nothing into ``out_dir``; stages that are already there are not repeated.
+    """Train ``recipe_name`` into ``out_dir``; stages that are already there are not repeated.
 
     Raises:
         RecipeError: there is no such recipe, or ``out_dir`` cannot be written.
     """
-    if recipe_name not in RECIPES:
-        raise RecipeError(f"recipe {recipe_name!r}", "there is no such recipe", f"choose from: {', '.join(RECIPES)}")
-    recipe, out_dir = RECIPES[recipe_name](), Path(out_dir)
+    return run_recipe(find_recipe(recipe_name), Path(out_dir))
+
+
+def run_recipe(recipe: Recipe | Training, out_dir: Path) -> Path:
+    """Train by a recipe into ``out_dir``; see `run`, and `training.train` for one of the paper's stages."""
+    if isinstance(recipe, Training):
+        return train(recipe, out_dir)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        (out_dir / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2))
+        (out_dir / RECIPE_FILE).write_text(show(recipe))
     except OSError as error:
         raise RecipeError(f"output {out_dir}", f"it cannot be written ({error.strerror})", "give another -o") from error
     tokenizer = build_tokenizer()

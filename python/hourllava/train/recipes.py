@@ -2,7 +2,9 @@
 """Recipes are functions: each returns everything that a training run depends on."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from hourllava.errors import RecipeError
 
 PARTS = {
     "vision_tower": "model.vision_tower.",
@@ -86,4 +88,115 @@ def _long_videos() -> tuple[Stage, ...]:
     )
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"tiny": tiny}
+@dataclass(frozen=True)
+class Training:
+    """One of the paper's stages (SPEC C.1): every field can be changed on the command line."""
+
+    name: str
+    model: str  # what it starts from: a directory, or a repository of the hub
+    trains: tuple[str, ...]  # names of PARTS
+    data: str = ""  # a manifest, or a YAML that mixes some
+    learning_rate: float = 2e-5  # of the decoder, the embeddings and the newline token
+    tower_rate: float = 5e-6
+    projector_rate: float = 1e-4
+    resampler_rate: float = 1e-4
+    batch_size: int = 128  # samples of an optimizer step, over all processes
+    batch_per_device: int = 1  # of them, those that a process takes at a time; the rest are accumulated
+    batching: str = "random"  # "per_stream": every batch over all processes comes from one stream of the data
+    group_by_modality: bool = True  # and so does every batch hold one modality; lengths are grouped either way
+    epochs: float = 1.0
+    max_steps: int = 0  # optimizer steps, whatever the epochs; 0: as many as the epochs have
+    warmup_ratio: float = 0.03
+    schedule: str = "cosine"
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    clip: float = 1.0  # largest norm of the gradients
+    max_length: int = 32768  # tokens that the decoder reads
+    bf16: bool = True
+    gradient_checkpointing: bool = True
+    spatial_forgetting: str = "random"
+    memaug_depth: int = 4
+    image_grid: int = 6  # images are seen in at most so many tiles to a side,
+    image_max_tiles: int = 9  # and the tokens of more tiles than this are scaled down
+    min_frames: int = 128
+    max_frames: int = 0  # of a video; 0 takes one for every second
+    time_instruction: bool = True
+    parallel: str = "zero2"  # how processes share the work: "ddp", "zero2", "zero3" or "fsdp2"
+    memory_parallel: int = 1  # processes that share each video's memory
+    lora_rank: int = 0  # 0 trains the decoder itself; else adapters of this rank in its place
+    lora_alpha: int = 32
+    workers: int = 4  # processes that load data, for each that trains
+    save_steps: int = 100
+    keep: int = 1  # checkpoints
+    report_to: str = "tensorboard"  # and "wandb", by commas; "none"
+    seed: int = 42
+
+    def accumulation(self, processes: int) -> int:
+        """Batches that each of so many processes adds up before an optimizer step.
+
+        Raises:
+            RecipeError: `batch_size` cannot be made of them.
+        """
+        groups, rest = divmod(processes, self.memory_parallel)
+        if rest or not groups:
+            why = f"{processes} processes do not make groups of {self.memory_parallel}"
+            raise RecipeError("--memory-parallel", why, "choose a divisor of the number of processes")
+        together = groups * self.batch_per_device
+        if self.batch_size % together:
+            why = f"{self.batch_size} samples are no multiple of {groups} x {self.batch_per_device} at a time"
+            raise RecipeError("--batch-size", why, "change it, --batch-per-device, or the number of processes")
+        return self.batch_size // together
+
+
+def s1_3b() -> Training:
+    """Image-language pretraining: MemAug alone learns, on images."""
+    return Training(
+        name="s1-3b",
+        model="jylins/llava-onevision-qwen25-3b-si",
+        trains=("vision_resampler",),
+        learning_rate=1e-4,
+        max_frames=32,
+        time_instruction=False,
+    )
+
+
+def s1_7b() -> Training:
+    """As `s1_3b`, from the 7B image model that the paper names (the original's script starts it from the 3B one)."""
+    return replace(s1_3b(), name="s1-7b", model="lmms-lab/llava-onevision-qwen2-7b-si", batch_per_device=2)
+
+
+def s2_3b() -> Training:
+    """Video-language adaptation: everything learns."""
+    return Training(name="s2-3b", model="jylins/hourllava-qwen25-3b-s1", trains=tuple(PARTS))
+
+
+def s2_7b() -> Training:
+    return replace(s2_3b(), name="s2-7b", model="jylins/hourllava-qwen2-7b-s1", learning_rate=1e-5, batch_per_device=2)
+
+
+def s3_3b() -> Training:
+    """Video instruction tuning: the tower rests, so that its features may be made once."""
+    return Training(
+        name="s3-3b",
+        model="jylins/hourllava-qwen25-3b-s2",
+        trains=("mm_projector", "vision_resampler", "language_model"),
+        batching="per_stream",
+        save_steps=1000,
+    )
+
+
+def s3_7b() -> Training:
+    return replace(s3_3b(), name="s3-7b", model="jylins/hourllava-qwen2-7b-s2", batch_size=256, batch_per_device=4)
+
+
+RECIPES: dict[str, Callable[[], Recipe | Training]] = {
+    "tiny": tiny,
+    "s1-3b": s1_3b,
+    "s1-7b": s1_7b,
+    "s2-3b": s2_3b,
+    "s2-7b": s2_7b,
+    "s3-3b": s3_3b,
+    "s3-7b": s3_7b,
+}

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`hourllava train`: a recipe by its name, with some of its fields changed."""
+
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from hourllava.cli import command
+from hourllava.errors import RecipeError
+
+
+def train(name: str, arguments: list[str], output: Path | None = None) -> int:
+    """Train, or print the recipe, and return the exit code.
+
+    Args:
+        name: of the recipe.
+        arguments: what follows it on the command line.
+        output: where to save, unless `arguments` say so.
+
+    Raises:
+        HourLlavaError: see `hourllava.train.run`.
+    """
+    from hourllava.train.engine import run_recipe
+    from hourllava.train.overrides import change, find_recipe, flag, show, split_arguments
+    from hourllava.train.processes import leave_processes, process_rank
+    from hourllava.train.training import StoppedError
+
+    recipe = find_recipe(name)
+    if {"-h", "--help"} & set(arguments):
+        values = {flag(field.name): getattr(recipe, field.name) for field in fields(recipe) if field.name != "name"}
+        print(f"usage: hourllava train {name} [-o DIR] [--print] [--FIELD VALUE ...]\n\nfields and their values:")
+        print("\n".join(f"  {name:24}{value}" for name, value in values.items() if name != "--stages"))
+        return command.EXIT_OK
+    changes = split_arguments(["--output" if a == "-o" else a for a in arguments])
+    given = changes.pop("--output", None)
+    if given == "true" or (given and output):
+        raise RecipeError("--output", "it names no folder" if given == "true" else "it is given twice", "give one")
+    printed = changes.pop("--print", None)
+    recipe = change(recipe, changes)
+    if printed is not None:
+        print(show(recipe))
+        return command.EXIT_OK
+    try:
+        done = run_recipe(recipe, Path(given) if given else output or Path("build/train") / name)
+        if process_rank() == 0:
+            print(done)
+    except StoppedError as stopped:
+        if process_rank() == 0:
+            print(f"hourllava: {stopped}", file=sys.stderr)
+        return command.EXIT_INTERRUPTED
+    finally:
+        leave_processes()
+    return command.EXIT_OK

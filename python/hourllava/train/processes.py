@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes that train together: how they share data, gradients, weights and memories."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import distributed as dist
+from torch import nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from hourllava.model import HourLlavaForConditionalGeneration
+from hourllava.train.recipes import Training
+
+_OPTIMIZER = "optimizer"
+
+
+def join_processes() -> None:
+    """Meet the processes that torchrun, or another launcher, has started beside this one, if any."""
+    PartialState(cpu=not torch.cuda.is_available())
+
+
+def leave_processes() -> None:
+    """Part from the other processes, if there are any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def process_count() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def process_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def over_all(value: float, device: torch.device, operation: Any = dist.ReduceOp.SUM) -> float:
+    """The sum, or another reduction, of a number over all processes."""
+    if process_count() == 1:
+        return value
+    total = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(total, operation)
+    return float(total)
+
+
+def memory_group(recipe: Training) -> dist.ProcessGroup | None:
+    """The processes that share this one's videos; every process has to call it."""
+    size, mine = recipe.memory_parallel, None
+    if size == 1:
+        return None
+    for first in range(0, process_count(), size):
+        group = dist.new_group(list(range(first, first + size)))
+        mine = group if first <= process_rank() < first + size else mine
+    return mine
+
+
+def deepspeed_config(recipe: Training) -> dict[str, Any] | None:
+    """The paper's ZeRO-2 (SPEC C.8), or ZeRO-3; None for other ways to share. Trainer fills in what is "auto"."""
+    if recipe.parallel not in ("zero2", "zero3") or process_count() == 1:
+        return None
+    zero: dict[str, Any] = {"stage": 2, "overlap_comm": False, "contiguous_gradients": True}
+    zero |= {"allgather_bucket_size": 200_000_000, "reduce_bucket_size": 200_000_000}
+    if recipe.parallel == "zero3":
+        zero = {"stage": 3, "overlap_comm": False, "contiguous_gradients": True, "sub_group_size": 1_000_000}
+        zero |= {"reduce_bucket_size": 50_000_000, "stage3_prefetch_bucket_size": 0}
+        zero |= {"stage3_param_persistence_threshold": 10_000_000, "stage3_max_live_parameters": 1_000_000}
+        zero |= {"stage3_gather_16bit_weights_on_model_save": True}
+    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    return {"zero_optimization": zero, "bf16": {"enabled": "auto"}, **dict.fromkeys(names, "auto")}
+
+
+class Sharded(nn.Module):
+    """A model whose weights, gradients and optimizer states lie in shards on all processes (FSDP2).
+
+    The decoder's layers are gathered one by one. All else is gathered once a step, because the tower and MemAug's parts
+    run a varying number of times. In the shape of DistributedDataParallel, so that a Trainer takes it for wrapped.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.module = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Meanwhile gradients are added up where they arise, and shared by the first backward pass afterwards."""
+        _set_sync(self.module, False)
+        try:
+            yield
+        finally:
+            _set_sync(self.module, True)
+
+
+def shard(model: HourLlavaForConditionalGeneration, recipe: Training, device: torch.device) -> None:
+    """Spread the model over all processes, in place; computes in bfloat16 and sums gradients in float32 with `bf16`."""
+    mesh = init_device_mesh(device.type, (process_count(),))
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if recipe.bf16 else MixedPrecisionPolicy()
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+
+
+def whole_weights(model: nn.Module) -> dict[str, Any]:
+    """The weights of a sharded model on the CPU of the first process, nothing on others; every process calls it."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def save_sharded(folder: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Write each process' share of the optimizer's state into one folder."""
+    dcp.save({_OPTIMIZER: get_optimizer_state_dict(model, optimizer)}, checkpoint_id=Path(folder) / _OPTIMIZER)
+
+
+def load_sharded(folder: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Read back what `save_sharded` wrote."""
+    state = {_OPTIMIZER: get_optimizer_state_dict(model, optimizer)}
+    dcp.load(state, checkpoint_id=Path(folder) / _OPTIMIZER)
+    set_optimizer_state_dict(model, optimizer, state[_OPTIMIZER])
+
+
+def _set_sync(model: nn.Module, sync: bool) -> None:
+    assert isinstance(model, FSDPModule)
+    model.set_requires_gradient_sync(sync)
