@@ -35,6 +35,10 @@ class AdmissionError(HourLlavaError):
     """What was asked for does not fit into a stated budget, whose numbers are given."""
 
 
+class MemoryBusyError(MemoryFileError):
+    """Another process appends to a memory."""
+
+
 class ModelError(HourLlavaError):
     """A model directory is missing, incomplete or not of this architecture."""
 

@@ -14,8 +14,10 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from hourllava.cli.embed import add_embed
 from hourllava.cli.memory import add_memory
 from hourllava.cli.plan import add_plan
+from hourllava.cli.shards import add_shards
 from hourllava.errors import HourLlavaError
 
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_LOSS, EXIT_INTERRUPTED, EXIT_PIPE = 0, 1, 2, 3, 130, 141
@@ -67,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_ask(commands)
     _add_watch(commands)
     add_memory(commands)
+    add_embed(commands)
+    add_shards(commands)
     add_plan(commands)
     _add_train(commands)
     _add_evaluate(commands)

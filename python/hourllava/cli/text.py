@@ -41,3 +41,16 @@ def print_times(times: dict[str, float]) -> None:
     for stage, took in times.items():
         table.add_row(stage, f"{took:.2f}")
     console.print(table)
+
+
+def print_failures(failures: list[tuple[str, str, str]]) -> None:
+    """What could not be done, or not wholly: an id, what became of it, and the reason."""
+    console = Console()
+    if not console.is_terminal:
+        print("".join(f"{id}: {state}: {reason}\n" for id, state, reason in failures), end="")
+        return
+    table = Table("id", "state", "reason")
+    for row in failures:
+        table.add_row(*map(escape, row))
+    if failures:
+        console.print(table)

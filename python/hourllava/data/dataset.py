@@ -3,8 +3,9 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from hourllava.video import open_video
 
 from .encoded import first_tower, read_features
 from .failures import FailureLog
+from .original import check_frames
 from .samples import Media, Sample
 
 VISUAL_WORDS = 128  # what an image or a video adds to a sample's length in words (SPEC C.6)
@@ -37,6 +39,14 @@ class Item(TypedDict):
     pixel_values: list[Tensor]  # for each mark: (n, 3, S, S) uint8 frames or tiles, or (n, N, Cv) features
     modalities: list[str]  # "video" or "image" for each mark
     image_sizes: list[tuple[int, int] | None]  # (height, width) of an image
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a shard holds of a medium."""
+
+    content: Any  # features (T, N, Cv), or an image that PIL has opened
+    seconds: float = 0.0  # that a video lasts
 
 
 class ConversationDataset(Dataset):
@@ -117,24 +127,35 @@ class ConversationDataset(Dataset):
         Raises:
             DataError: a file is missing or damaged, or the decoder does not read so many tokens; names the sample.
         """
-        sample = self.samples[number]
+        return self.make_item(self.samples[number])
+
+    def make_item(self, sample: Sample, held: Sequence[Held | None] = ()) -> Item:
+        """The item of any sample.
+
+        Args:
+            held: what is there already of each medium, and None where its file is to be read.
+
+        Raises:
+            DataError: as for `load`.
+        """
         try:
-            return self._item(sample)
+            return self._item(sample, held or [None] * len(sample.media))
         except HourLlavaError as error:
             what = sample.source if sample.id == sample.source else f"{sample.source} (id {sample.id})"
             raise DataError(what, f"{error.what}: {error.why}", error.todo) from error
 
-    def _item(self, sample: Sample) -> Item:
+    def _item(self, sample: Sample, held: Sequence[Held | None]) -> Item:
         turns = list(sample.turns)
         content: list[Tensor] = []
         sizes: list[tuple[int, int] | None] = []
-        for medium in sample.media:
+        for medium, there in zip(sample.media, held, strict=True):
             if medium.kind == "image":
-                tiles, size = read_image(medium.path, self.config, len(sample.media) > 1, medium.path.name)
+                source = medium.path if there is None else there.content
+                tiles, size = read_image(source, self.config, len(sample.media) > 1, medium.path.name)
                 content.append(tiles)
                 sizes.append(size)
             else:
-                frames, seconds = self._video(medium)
+                frames, seconds = self._video(medium, there)
                 content.append(frames)
                 sizes.append(None)
                 if self.config.time_instruction:
@@ -151,8 +172,11 @@ class ConversationDataset(Dataset):
             "image_sizes": sizes,
         }
 
-    def _video(self, medium: Media) -> tuple[Tensor, float]:
+    def _video(self, medium: Media, held: Held | None) -> tuple[Tensor, float]:
         """Frames (n, 3, S, S) uint8 or features (n, N, Cv), one a second, and the seconds that the video lasts."""
+        if held is not None:
+            check_frames(medium.path, held.content, self.config.video_grid**2, self.config.vision_width)
+            return held.content[self._chosen(len(held.content))], held.seconds
         if medium.kind == "features":
             features, seconds = read_features(medium.path, self.config, self.tower)
             return features[self._chosen(len(features))], seconds

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Features of videos that were encoded before: memories of a repository, and the original's .pt files (SPEC C.3)."""
 
-import pickle
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,7 +10,8 @@ from torch import Tensor
 from hourllava.errors import DataError
 from hourllava.memory import Repository
 from hourllava.model.configuration import HourLlavaConfig
-from hourllava.model.forgetting import spread_frames
+
+from .original import check_frames, read_original_features
 
 _EMBED = "make them with this model's tower: hourllava embed"
 
@@ -28,12 +28,8 @@ def read_features(path: Path, config: HourLlavaConfig, tower: str | None) -> tup
         DataError: there are none, or another tower made them.
         MemoryFileError: a repository's are damaged, or it has no such video.
     """
-    features, seconds = _read_pt(path) if path.suffix == ".pt" else _read_memory(path, tower)
-    tokens, width = features.shape[1:]
-    if width != config.vision_width or tokens != config.video_grid**2:
-        why = f"another tower made these features: {tokens} tokens of {width} channels a frame"
-        wanted = f"{config.video_grid**2} of {config.vision_width}"
-        raise DataError(path, why, f"the model's makes {wanted}; {_EMBED}")
+    features, seconds = read_original_features(path) if path.suffix == ".pt" else _read_memory(path, tower)
+    check_frames(path, features, config.video_grid**2, config.vision_width)
     return features, seconds
 
 
@@ -61,23 +57,3 @@ def _read_memory(path: Path, tower: str | None) -> tuple[Tensor, float]:
         if segment.first + segment.frames <= video.frames:  # what was appended since is for the next time
             features[segment.first : segment.first + segment.frames] = repository.features(video, segment)
     return features, float(video.frames)
-
-
-def _read_pt(path: Path) -> tuple[Tensor, float]:
-    """The original's file holds repeated frames of videos under 128 s; as it does itself, that is undone."""
-    todo = 'give {"vid_feat": (T, 64, 1152), "duration": seconds}, or leave it out'
-    try:
-        held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        features, seconds = held["vid_feat"], float(held["duration"])
-    except OSError as error:
-        raise DataError(path, f"it cannot be read ({error.strerror or error})", "check the path") from error
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
-        raise DataError(path, f"it holds no features that are safe to read ({type(error).__name__})", todo) from error
-    if not isinstance(features, Tensor) or features.dim() not in (3, 4) or 0 in features.shape or not seconds >= 0:
-        raise DataError(path, "its vid_feat holds no frames, or its duration is no number of seconds", todo)
-    features = features.flatten(1, 2) if features.dim() == 4 else features
-    count = min(len(features), max(1, int(min(seconds, len(features)))))
-    chosen = features[spread_frames(len(features), count)]
-    if not bool(chosen.isfinite().all()):
-        raise DataError(path, "it holds values that are no numbers (NaN or infinity)", todo)
-    return chosen, seconds

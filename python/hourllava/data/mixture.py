@@ -4,7 +4,7 @@
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,9 @@ class Part:
     stream: str
 
 
-def load_mixture(path: str | os.PathLike[str], seed: int = 0, failures: FailureLog | None = None) -> list[Sample]:
+def load_mixture(
+    path: str | os.PathLike[str], seed: int = 0, failures: FailureLog | None = None, decode: bool = False
+) -> list[Sample]:
     """The samples of a manifest or of a mixture, the same on every call.
 
     A mixture is a YAML file like the original's:
@@ -53,6 +55,7 @@ def load_mixture(path: str | os.PathLike[str], seed: int = 0, failures: FailureL
         path: .json, .jsonl or .parquet: a manifest whose media are named from its own folder. .yaml: a mixture.
         seed: of `random`; each manifest draws its own numbers.
         failures: takes up entries that cannot be used, which are left out; None lets the first of them raise.
+        decode: give videos as files, also where features of them are named.
 
     Raises:
         DataError: a file is missing or no manifest, a key or a strategy is not known, no sample is left, or an entry
@@ -64,9 +67,10 @@ def load_mixture(path: str | os.PathLike[str], seed: int = 0, failures: FailureL
     errors: list[DataError] = []
     for number, part in enumerate(tqdm(parts, "reading", unit="manifest", disable=len(parts) == 1)):
         entries = read_manifest(part.manifest)
+        places = replace(part.places, features=None) if decode else part.places
         for index in choose(len(entries), part.strategy, np.random.default_rng([seed, number]), part.source):
             try:
-                samples.append(to_sample(entries[index], part.places, part.stream))
+                samples.append(to_sample(entries[index], places, part.stream))
             except DataError as error:
                 if failures is None:
                     raise

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The memory of a video: pages of keys and values that grow, and their file."""
 
+from .embedding import Embedding, link, packed_features
 from .memory_pool import HeldMemory, MemoryPool, TierUsage
 from .pages import MemoryPages
 from .pool import scratch_files
 from .repository import Repository
+from .segments import PRECISIONS, unpack_features
 from .sharding import least_loaded, sharded_attention
 from .sizes import format_size, parse_size
 from .upkeep import Problem, repair, verify
 from .video_memory import MemoryPrefix, MemoryShape, MemoryWriter, VideoMemory
 
 __all__ = [
+    "PRECISIONS",
+    "Embedding",
     "HeldMemory",
     "MemoryPages",
     "MemoryPool",
@@ -23,9 +27,12 @@ __all__ = [
     "VideoMemory",
     "format_size",
     "least_loaded",
+    "link",
+    "packed_features",
     "parse_size",
     "repair",
     "scratch_files",
     "sharded_attention",
+    "unpack_features",
     "verify",
 ]

@@ -3,7 +3,7 @@
 
 import contextlib
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
@@ -51,6 +51,16 @@ class Segment:
     rows_sha256: str = ""  # of what the frames wrote to the ready pages, if those are kept
 
 
+@dataclass
+class Source:
+    """How far the taking in of one file of a data set came."""
+
+    path: str  # absolute, links resolved
+    video: str  # what it is called here
+    done: bool
+    reason: str  # why it failed, in one line, or ""
+
+
 _SQL = {str: "TEXT", int: "INTEGER", float: "REAL", bool: "INTEGER"}
 
 
@@ -67,7 +77,8 @@ class Catalogue:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
-        if not self.path.exists():
+        version = self._version() if self.path.exists() else 0
+        if version == 0:  # new, or another process is at this line, or one was killed at it
             with self._transaction() as db:
                 db.execute(f"CREATE TABLE IF NOT EXISTS videos ({_columns(Video)}, PRIMARY KEY (name))")
                 key = "video TEXT NOT NULL REFERENCES videos (name)"
@@ -75,8 +86,7 @@ class Catalogue:
                     f"CREATE TABLE IF NOT EXISTS segments ({key}, {_columns(Segment)}, PRIMARY KEY (video, first))"
                 )
                 db.execute(f"PRAGMA user_version = {FORMAT}")
-        with self._reading() as db:
-            version = db.execute("PRAGMA user_version").fetchone()[0]
+            version = FORMAT
         if version != FORMAT:
             raise MemoryFileError(self.path, f"its format {version} is not {FORMAT}", "use the version that made it")
 
@@ -84,14 +94,19 @@ class Catalogue:
         with self._reading() as db:
             return [_video(row) for row in db.execute("SELECT * FROM videos ORDER BY name")]
 
-    def video(self, name: str) -> Video:
-        """Raises MemoryFileError if there is none of that name."""
+    def find(self, name: str) -> Video | None:
+        """The video of that name, if there is one."""
         with self._reading() as db:
             row = db.execute("SELECT * FROM videos WHERE name = ?", (name,)).fetchone()
-        if row is None:
+        return None if row is None else _video(row)
+
+    def video(self, name: str) -> Video:
+        """Raises MemoryFileError if there is none of that name."""
+        video = self.find(name)
+        if video is None:
             held = ", ".join(video.name for video in self.videos()[:8]) or "none"
             raise MemoryFileError(name, f"there is no such video in {self.path.parent}", f"it holds {held}")
-        return _video(row)
+        return video
 
     def segments(self, name: str) -> list[Segment]:
         """In order of their frames."""
@@ -107,14 +122,16 @@ class Catalogue:
             query = f"SELECT {columns} FROM segments WHERE video = ? ORDER BY first DESC LIMIT ?"
             return [Segment(*row) for row in db.execute(query, (name, count))][::-1]
 
-    def add(self, video: Video) -> None:
+    def add(self, video: Video, segments: Iterable[Segment] = ()) -> None:
         """Raises MemoryFileError if there is one of that name."""
         marks = ", ".join("?" for _ in fields(Video))
+        rows = [(video.name, *astuple(segment)) for segment in segments]
         with self._transaction() as db:
             try:
                 db.execute(f"INSERT INTO videos VALUES ({marks})", astuple(video))
             except sqlite3.IntegrityError as error:
                 raise MemoryFileError(video.name, "there is a video of that name", "choose another") from error
+            db.executemany(f"INSERT INTO segments VALUES (?, {', '.join('?' for _ in fields(Segment))})", rows)
 
     def commit(self, name: str, segment: Segment, damage: str) -> None:
         """Count a segment in, in place of those from its first frame on; from here on it is there for everyone."""
@@ -128,14 +145,29 @@ class Catalogue:
                 (end, segment.created, damage, name),
             )
 
+    def source(self, path: str) -> Source | None:
+        """What was said of a file of a data set, if anything was."""
+        with self._reading() as db:
+            if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'sources'").fetchone():
+                return None
+            row = db.execute("SELECT path, video, done, reason FROM sources WHERE path = ?", (path,)).fetchone()
+        return None if row is None else Source(row[0], row[1], bool(row[2]), row[3])
+
+    def record(self, source: Source) -> None:
+        """Say how far a file came; what was said of it before is forgotten."""
+        with self._sources() as db:
+            db.execute("INSERT OR REPLACE INTO sources VALUES (?, ?, ?, ?)", astuple(source))
+
     def cut(self, name: str, frames: int, pages: bool) -> None:
         """Count only the segments that end by `frames`, and say whether ready pages are still kept."""
-        with self._transaction() as db:
+        with self._sources() as db:
+            db.execute("DELETE FROM sources WHERE video = ?", (name,))
             db.execute("DELETE FROM segments WHERE video = ? AND first + frames > ?", (name, frames))
             db.execute("UPDATE videos SET frames = ?, pages = ? WHERE name = ?", (frames, pages, name))
 
     def delete(self, name: str) -> None:
-        with self._transaction() as db:
+        with self._sources() as db:
+            db.execute("DELETE FROM sources WHERE video = ?", (name,))
             db.execute("DELETE FROM segments WHERE video = ?", (name,))
             db.execute("DELETE FROM videos WHERE name = ?", (name,))
 
@@ -144,6 +176,17 @@ class Catalogue:
         with self._reading() as db:
             found = db.execute("PRAGMA integrity_check").fetchone()[0]
         return None if found == "ok" else str(found).partition("\n")[0]
+
+    def _version(self) -> int:
+        with self._reading() as db:
+            return db.execute("PRAGMA user_version").fetchone()[0]
+
+    @contextlib.contextmanager
+    def _sources(self) -> Iterator[sqlite3.Connection]:
+        """A transaction in which there is a table of sources; catalogues that never took in a data set have none."""
+        with self._transaction() as db:
+            db.execute(f"CREATE TABLE IF NOT EXISTS sources ({_columns(Source)}, PRIMARY KEY (path))")
+            yield db
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:

@@ -19,7 +19,7 @@ from typing import IO, BinaryIO
 import torch
 from torch import Tensor
 
-from hourllava.errors import MemoryFileError
+from hourllava.errors import MemoryBusyError, MemoryFileError
 
 from .catalogue import FILE, Catalogue, Segment, Video
 from .segments import (
@@ -83,10 +83,16 @@ class Repository:
         Raises:
             MemoryFileError: there is a video of that name, the name cannot be a folder's, or the disk is full.
         """
-        if not name or name != Path(name).name or name.startswith("."):
-            raise MemoryFileError(
-                name or "video", "that is no name for a folder", "choose a name without / or a dot first"
-            )
+        self.declare(name, writer, precision, pages, source)
+        return self.open(name, writer)
+
+    def declare(self, name: str, writer: MemoryWriter, precision: str, pages: bool, source: str) -> Video:
+        """`add` without a memory: the video is in the catalogue, and has no frame.
+
+        Raises:
+            MemoryFileError: as for `add`.
+        """
+        check_name(name)
         shape = writer.shape
         video = Video(
             name=name,
@@ -111,7 +117,7 @@ class Repository:
                 self.folder / name, f"it cannot be made ({reason(error)})", "free some space"
             ) from error
         self.catalogue.add(video)
-        return self.open(name, writer)
+        return video
 
     def open(self, name: str, writer: MemoryWriter | None = None, append: bool = True) -> VideoMemory:
         """A video's memory as committed now.
@@ -132,7 +138,7 @@ class Repository:
         if append and writer is not None and video.pages and writer.fingerprint() != video.model:
             todo = "use that model, or only read"
             raise MemoryFileError(self.folder / name, "another model made its ready pages", todo)
-        journal = _Journal(self, video) if append else None
+        journal = VideoJournal(self, video) if append else None
         video = self.catalogue.video(name)  # the lock is held now, so that no commit can come between
         ready = video.pages and (writer is None or writer.fingerprint() == video.model)
         if ready:
@@ -211,7 +217,7 @@ class Repository:
         memory.refresh_summaries()
         return memory
 
-    def _rebuilt(self, video: Video, writer: MemoryWriter, journal: "_Journal | None") -> VideoMemory:
+    def _rebuilt(self, video: Video, writer: MemoryWriter, journal: "VideoJournal | None") -> VideoMemory:
         """The memory made again from its features; its pages are kept if the video's are and this is its model."""
         keep = journal is not None and video.pages and writer.fingerprint() == video.model
         files = pool_files(self.folder / video.name, True) if keep else None
@@ -223,12 +229,12 @@ class Repository:
         return memory
 
 
-class _Journal:
+class VideoJournal:
     """Appends to one video of a repository, alone as long as it lives."""
 
-    def __init__(self, repository: Repository, video: Video) -> None:
+    def __init__(self, repository: Repository, video: Video, lock: IO[str] | None = None) -> None:
         self._repository, self._video = repository, video
-        self._lock = locked(repository.folder / video.name)
+        self._lock = lock or locked(repository.folder / video.name)
         self._packed: list[dict[str, Tensor]] = []  # since the last commit
         self._error = 0.0  # the worst of them
 
@@ -245,6 +251,10 @@ class _Journal:
         first = gathered[0].first if gathered else first
         rows_sha256 = memory.row_digest(first, memory.frames) if self._video.pages else ""
         self._store(first, gathered, memory.damage or "", rows_sha256)
+
+    def store(self, first: int, damage: str) -> None:
+        """`commit` for whoever has no memory: what was taken in is of frames `first` on."""
+        self._store(first, [], damage, "")
 
     def _store(self, first: int, gathered: list[Segment], damage: str, rows_sha256: str) -> None:
         """Write and count in what was taken in, behind the frames of `gathered`, which begin at `first`."""
@@ -271,7 +281,8 @@ def locked(folder: Path) -> IO[str]:
     """An open file that keeps other writers away from a video until it is closed or its process ends.
 
     Raises:
-        MemoryFileError: another process writes there, or nothing can be written there.
+        MemoryBusyError: another process writes there.
+        MemoryFileError: nothing can be written there.
     """
     try:
         lock = (folder / "lock").open("w")
@@ -282,8 +293,15 @@ def locked(folder: Path) -> IO[str]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         lock.close()
-        raise MemoryFileError(folder, "another process appends to it", "wait for that, or only read") from error
+        raise MemoryBusyError(folder, "another process appends to it", "wait for that, or only read") from error
     return lock
+
+
+def check_name(name: str) -> None:
+    """Raise MemoryFileError unless a folder can have this name."""
+    if not name or name != Path(name).name or name.startswith(".") or len(os.fsencode(name)) > 255:
+        why, todo = "that is no name for a folder", "choose a shorter name, without / or a dot first"
+        raise MemoryFileError(name or "video", why, todo)
 
 
 def _shape(video: Video) -> MemoryShape:

@@ -216,7 +216,7 @@ class VideoMemory:
         writer, start = self._attached(), self.frames
         self.reserve(start + len(frames))
         try:
-            for first, end, offset in _batches(start, start + len(frames), writer.batch):
+            for first, end, offset in batches(start, start + len(frames), writer.batch):
                 self._append_batch(writer, frames[first - start : end - start], offset)
             if self._journal is not None and len(frames):
                 self._journal.commit(start, self)
@@ -231,7 +231,7 @@ class VideoMemory:
         """Add seconds of which the features (n, N, Cv) are kept already: `append` without the tower and the journal."""
         writer, start = self._attached(), self.frames
         self.reserve(start + len(features))
-        for first, end, offset in _batches(start, start + len(features), writer.batch):
+        for first, end, offset in batches(start, start + len(features), writer.batch):
             self._write(writer, features[first - start : end - start].to(writer.device, self.shape.dtype), offset)
 
     def row_digest(self, first: int, end: int) -> str:
@@ -383,7 +383,7 @@ def summary_of(keys: Tensor, length: int) -> Tensor:
     return ext.page_write(rows, rows, torch.zeros_like(slots), slots, unrotated, 1, PAGE_SIZE)[2][0]
 
 
-def _batches(first: int, end: int, size: int) -> Iterator[tuple[int, int, int]]:
+def batches(first: int, end: int, size: int) -> Iterator[tuple[int, int, int]]:
     """Cut frames `first` to `end` at multiples of `size`: start, end and place in the batch of each part."""
     while first < end:
         stop = min(end, first - first % size + size)

@@ -44,12 +44,16 @@ class FrameWriter:
         self.feature_width = config.vision_width
         self.shape = memory_shape(config, weight.dtype)
         self.inv_freq = rotary_frequencies(config.text_config, weight.device)
+        self._tower: tuple[tuple, str] | None = None
 
     def fingerprint(self) -> str:
         return memory_fingerprint(self.model)
 
     def tower_fingerprint(self) -> str:
-        return tower_fingerprint(self.model)
+        state = _state(_tower_parameters(self.model))
+        if self._tower is None or self._tower[0] != state:  # hashing a large tower takes seconds
+            self._tower = state, tower_fingerprint(self.model)
+        return self._tower[1]
 
     def encode(self, frames: Tensor) -> Tensor:
         """Features (n, N, Cv) of uint8 frames (n, 3, H, W): the tower's patches, pooled to the video's grid."""
@@ -88,7 +92,7 @@ def memory_fingerprint(model: "HourLlavaForConditionalGeneration") -> str:
     named["newline"] = inner.image_newline
     for number, block in enumerate(inner.vision_resampler.blocks):
         named |= {f"{number}.{k}": v for k, v in block.cross_attn.Wkv.named_parameters()}
-    state = tuple((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in named.values())
+    state = _state(named)
     if model.fingerprint_cache is None or model.fingerprint_cache[0] != state:
         settings = (model.config.video_grid, model.config.text_config.rope_parameters["rope_theta"])
         model.fingerprint_cache = (state, _hash_of(named, settings))
@@ -97,7 +101,16 @@ def memory_fingerprint(model: "HourLlavaForConditionalGeneration") -> str:
 
 def tower_fingerprint(model: "HourLlavaForConditionalGeneration") -> str:
     """Hash of the weights and settings that pooled features come from."""
-    return _hash_of(_named_parameters(tower=model.model.vision_tower), model.config.video_grid)
+    return _hash_of(_tower_parameters(model), model.config.video_grid)
+
+
+def _tower_parameters(model: "HourLlavaForConditionalGeneration") -> dict[str, Tensor]:
+    return _named_parameters(tower=model.model.vision_tower)
+
+
+def _state(named: dict[str, Tensor]) -> tuple:
+    """Differs when a weight has changed."""
+    return tuple((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in named.values())
 
 
 def _named_parameters(**modules: nn.Module | None) -> dict[str, Tensor]:
