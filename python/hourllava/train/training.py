@@ -142,7 +142,7 @@ def load_data(
 def training_arguments(recipe: Training, out_dir: Path, accumulation: int) -> TrainingArguments:
     """The recipe in transformers' words."""
     with own_report():
-        return TrainingArguments(
+        args = TrainingArguments(
             output_dir=str(out_dir),
             per_device_train_batch_size=recipe.batch_per_device,
             gradient_accumulation_steps=accumulation,
@@ -170,6 +170,9 @@ def training_arguments(recipe: Training, out_dir: Path, accumulation: int) -> Tr
             disable_tqdm=process_rank() > 0,
             deepspeed=deepspeed_config(recipe),
         )
+    if args.device.type == "cuda":
+        args._n_gpu = 1  # or a single process would copy the model to every GPU that it sees
+    return args
 
 
 def export(recipe: Training, out_dir: Path) -> None:
