@@ -134,7 +134,7 @@ def test_the_command_shows_the_resolved_recipe(capsys: pytest.CaptureFixture[str
     }
     assert shown == expected
     assert main(["train", "s2-3b", "--help"]) == 0
-    assert "--resampler-rate         0.0001" in capsys.readouterr().out
+    assert "--resampler-rate        0.0001" in capsys.readouterr().out
     assert main(["train", "tiny", "--print"]) == 0
     assert json.loads(capsys.readouterr().out)["name"] == "tiny"
 
