@@ -147,15 +147,15 @@ def _question_rates(config: HourLlavaConfig) -> tuple[float, float]:
     head_dim = decoder.hidden_size // heads
     block, inv_freq = Block(decoder), rotary_frequencies(decoder, torch.device("cpu"))
     x = torch.randn(ROWS, decoder.hidden_size)
-    dense = nn.ModuleList([block.self_attn.Wqkv, block.self_attn.Wo, block.cross_attn.Wq, block.cross_attn.Wo])
-    memaug = sum(seconds(lambda layer=layer: layer(x[:, : layer.in_features])) for layer in dense)  # type: ignore[misc]
-    memaug += seconds(lambda: block.mlp(x))
-    mlp = seconds(lambda: Qwen2MLP(decoder)(x)) if decoder.num_hidden_layers else 0.0
+    memaug = seconds(lambda: block.mlp(x))
+    for layer in (block.self_attn.Wqkv, block.self_attn.Wo, block.cross_attn.Wq, block.cross_attn.Wo):
+        memaug += seconds(lambda layer=layer: layer(x))  # type: ignore[misc]
+    mlp = Qwen2MLP(decoder)
     pages = torch.randn(PAGES, key_heads, PAGE_SIZE, head_dim)
     table = torch.arange(PAGES, dtype=torch.int32)[None]
     lengths = torch.full((PAGES,), PAGE_SIZE, dtype=torch.int32)
     places = torch.arange(ROWS), torch.tensor([0, ROWS]), inv_freq
     query = torch.randn(ROWS, heads, head_dim)
     attention = seconds(lambda: ext.paged_attention(query, pages, pages, table, lengths, *places))
-    row = (config.memaug_depth * memaug + decoder.num_hidden_layers * mlp) / ROWS
+    row = (config.memaug_depth * memaug + decoder.num_hidden_layers * seconds(lambda: mlp(x))) / ROWS
     return row, attention / (ROWS * PAGES * PAGE_SIZE * heads)
