@@ -12,7 +12,7 @@ from PIL import Image
 
 import hourllava.cli.ask
 from hourllava.cli import main
-from hourllava.cli.evidence import strongest_second, tile_corner, write_contact_sheet
+from hourllava.cli.evidence import CAPTION, strongest_second, tile_corner, write_contact_sheet
 from hourllava.memory import VideoMemory
 from hourllava.model import Answer, Moment
 from hourllava.video import open_video
@@ -26,7 +26,7 @@ def tiles(path: Path, rows: list[int]) -> list[list[np.ndarray]]:
         sheet = np.asarray(image.convert("RGB"))
     found = []
     for row, count in enumerate(rows):
-        corners = [tile_corner(row, column) for column in range(count)]
+        corners = [tile_corner(row, column, (SIDE, CAPTION)) for column in range(count)]
         found.append([sheet[y : y + SIDE, x : x + SIDE] for x, y in corners])
     return found
 

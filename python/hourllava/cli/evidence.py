@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from hourllava.memory import VideoMemory
     from hourllava.model import Answer, Moment
 
-TILE = (180, 320)  # most rows and columns of a picture
+BOX = (180, 320)  # most rows and columns of a picture
+CAPTION = 160  # columns that a caption takes
 MARGIN, LINE = 12, 22  # between tiles, and of a line of text
-ROW = LINE + TILE[0] + LINE + MARGIN
 INK, PAPER = "#1d2a3f", "#ffffff"
 
 
@@ -56,18 +56,20 @@ def write_contact_sheet(path: Path, asked: list[tuple[str, "Answer"]], film: Pat
         VideoError: a picture cannot be read.
     """
     seconds = [strongest_second(answer, moment) for _, answer in asked for moment in answer.moments]
-    pictures = iter(stills(film, seconds, TILE))
-    columns = max([1, *(len(answer.moments) for _, answer in asked)])
-    sheet = Image.new("RGB", (MARGIN + columns * (TILE[1] + MARGIN), MARGIN + len(asked) * ROW), PAPER)
+    found = stills(film, seconds, BOX)
+    tile = max([0, *(len(picture) for picture in found)]), max([CAPTION, *(picture.shape[1] for picture in found)])
+    pictures, columns = iter(found), max([1, *(len(answer.moments) for _, answer in asked)])
+    width, height = tile_corner(len(asked), columns, tile)
+    sheet = Image.new("RGB", (width, height - LINE), PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.truetype(findfont("DejaVu Sans"), 14)
     for row, (question, answer) in enumerate(asked):
-        x, y = tile_corner(row, 0)
-        title = textwrap.shorten(f"{question}  →  {answer.text}", columns * 40)
+        x, y = tile_corner(row, 0, tile)
+        title = textwrap.shorten(f"{question}  →  {answer.text}", columns * tile[1] // 8)
         draw.text((x, y - LINE), title if answer.moments else f"{title}  (rests on nothing)", INK, font)
         for column, moment in enumerate(answer.moments):
-            x, y = tile_corner(row, column)
+            x, y = tile_corner(row, column, tile)
             sheet.paste(Image.fromarray(next(pictures)), (x, y))
-            draw.text((x, y + TILE[0] + 2), f"{moment}   {moment.share:.0%}", INK, font)
+            draw.text((x, y + tile[0] + 2), f"{moment}   {moment.share:.0%}", INK, font)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         sheet.save(partial, "PNG")
@@ -82,6 +84,6 @@ def strongest_second(answer: "Answer", moment: "Moment") -> int:
     return first + int(answer.mass[first:end].argmax())
 
 
-def tile_corner(row: int, column: int) -> tuple[int, int]:
-    """Where a picture's upper left corner stands on the sheet: (x, y)."""
-    return MARGIN + column * (TILE[1] + MARGIN), MARGIN + row * ROW + LINE
+def tile_corner(row: int, column: int, tile: tuple[int, int]) -> tuple[int, int]:
+    """Where the upper left corner of a tile (rows, columns) stands on the sheet: (x, y)."""
+    return MARGIN + column * (tile[1] + MARGIN), MARGIN + row * (LINE + tile[0] + LINE + MARGIN) + LINE
