@@ -34,18 +34,19 @@ def write_clip(
     codec: str = "libx264",
     options: dict[str, str] | None = None,
     rotation: int = 0,
+    side: int = SIDE,
 ) -> Path:
     """Write picture i, showing the number i, at ``ticks[i] * tick`` seconds."""
     with av.open(str(path), "w", options={"movflags": "+faststart"} if path.suffix == ".mp4" else {}) as container:
         stream = container.add_stream(codec, rate=1 / tick)
-        stream.width = stream.height = SIDE
+        stream.width = stream.height = side
         stream.pix_fmt = "yuv420p"
         stream.codec_context.time_base = tick
         stream.options = options or {}
         if rotation:
             stream.set_display_rotation(rotation)
         for number, time in enumerate(ticks):
-            frame = av.VideoFrame.from_ndarray(board(number), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(board(number, side), format="rgb24")
             frame.pts, frame.time_base = time, tick
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))

@@ -215,6 +215,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
         "CPU kernels",
         "paged_attention",
         "H.264",
+        "video decoder     pyav (the pictures are wanted on the CPU",
         "flash-attn",
         "nvcc",
         "CUDA device",

@@ -27,7 +27,7 @@ def doctor() -> bool:
     sections = {
         "core": [Finding("Python", platform.python_version()), *_packages()],
         "operators": _operators(),
-        "video and model": [*_codecs(), _preset()],
+        "video and model": [*_codecs(), *_decoder(), _preset()],
         "optional": _optional(),
     }
     for title, findings in sections.items():
@@ -99,6 +99,18 @@ def _codecs() -> list[Finding]:
         Finding("H.264 decoder", found["h264"], todo),
         Finding("H.264 encoder", found["libx264"], f"{todo}; only rendering films needs it", needed=False),
     ]
+
+
+def _decoder() -> list[Finding]:
+    """The decoder of videos that a model on the best device here would get."""
+    try:
+        import torch
+
+        from hourllava.video import choose_decoder
+    except (ImportError, OSError):
+        return []  # said above
+    choice = choose_decoder("cuda" if torch.cuda.is_available() else "cpu")
+    return [Finding("video decoder", f"{choice.name} ({choice.why})")]
 
 
 def _preset() -> Finding:

@@ -135,7 +135,7 @@ def watch(
 ) -> VideoMemory:
     """See `HourLlavaForConditionalGeneration.watch`."""
     memory = into if isinstance(into, VideoMemory) else new_memory(FrameWriter(model), into)
-    opened = open_video(source) if isinstance(source, str | os.PathLike) else source
+    opened = open_video(source, device=model.device) if isinstance(source, str | os.PathLike) else source
     expected = opened.frames_expected if isinstance(opened, VideoReader) else None
     if isinstance(opened, Tensor):
         expected = len(opened)

@@ -3,16 +3,19 @@
 
 from hourllava.video.clock import clock, seconds_of_clock
 from hourllava.video.live import LiveReader, is_url
-from hourllava.video.reader import FrameChunk, ReadReport, VideoReader, open_video
+from hourllava.video.opening import DecoderChoice, choose_decoder, open_video
+from hourllava.video.reader import FrameChunk, ReadReport, VideoReader
 from hourllava.video.resize import resize_frames
 from hourllava.video.stills import stills
 from hourllava.video.writer import write_video
 
 __all__ = [
+    "DecoderChoice",
     "FrameChunk",
     "LiveReader",
     "ReadReport",
     "VideoReader",
+    "choose_decoder",
     "clock",
     "is_url",
     "open_video",

@@ -3,7 +3,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import av
 from av.packet import Packet
@@ -46,11 +46,11 @@ class Decoder:
     def pictures(self, begin: int | None = None, end: int | None = None) -> Iterator[VideoFrame]:
         """Decode from the cut ``begin`` (None: from the start of the file) up to the cut ``end`` (None: all)."""
         skipping = self.strict
-        for packet in self._packets(begin, end):
+        for packet in self.packets(begin, end):
             after_hole = packet_time(packet) in self.plan.resumed and not packet.is_keyframe
             broken = packet.is_corrupt or after_hole
             skipping = skipping and not (packet.is_keyframe and not broken)
-            if packet.size and (skipping or _is_unneeded(packet, self._wanted, self._is_reference)):
+            if packet.size and (skipping or not self.needs(packet)):
                 continue
             frames, sound = decode_packet(packet, broken, self.strict)
             self.can_miss |= not sound  # before the pictures that come out, which may follow the broken one
@@ -59,7 +59,14 @@ class Decoder:
         if end is not None:
             yield from drain(self._codec)
 
-    def _packets(self, begin: int | None, end: int | None) -> Iterator[Packet]:
+    def needs(self, packet: Packet) -> bool:
+        """False for a picture that is neither wanted nor used to decode another."""
+        if self._is_reference is None or not is_shown(packet) or packet_time(packet) in self._wanted:
+            return True
+        return self._is_reference(memoryview(packet))
+
+    def packets(self, begin: int | None, end: int | None) -> Iterator[Packet]:
+        """Every packet from the cut ``begin`` up to the cut ``end``, in the order of decoding; see :meth:`pictures`."""
         packets = demux(self._container, self._stream)
         if begin is not None:
             self._container.seek(begin, stream=self._stream)
@@ -78,13 +85,6 @@ class Decoder:
             if end is not None and packet.is_keyframe and packet_time(packet) == end:
                 return
             yield packet
-
-
-def _is_unneeded(packet: Packet, wanted: set[int], is_reference: Callable[[memoryview], bool] | None) -> bool:
-    """True for a picture that is neither wanted nor used to decode another."""
-    if is_reference is None or not is_shown(packet) or packet_time(packet) in wanted:
-        return False
-    return not is_reference(memoryview(packet))
 
 
 def decode_packet(packet: Packet, broken: bool, strict: bool) -> tuple[list[VideoFrame], bool]:

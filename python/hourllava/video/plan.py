@@ -44,6 +44,11 @@ class Plan:
     seconds: float  # what the packets in the file cover
     seconds_expected: float  # what the header promises, or `seconds` where it promises no more
 
+    @property
+    def intact(self) -> bool:
+        """Whether nothing is known to be missing; only a decoder sees damage inside a packet."""
+        return self.seconds_expected == self.seconds and not self.resumed
+
 
 def open_container(path: str | os.PathLike[str]) -> tuple[InputContainer, VideoStream]:
     """Open a local file and find its video stream; cover art does not count as video.

@@ -34,26 +34,24 @@ class ReadReport:
     message: str | None  # one line if anything was lost
 
 
-def open_video(path: str | os.PathLike[str]) -> "VideoReader":
-    """Open a video and plan which picture stands for each second.
-
-    Raises:
-        VideoError: the path is no readable video; the one line says why and what to do.
-    """
-    return VideoReader(path)
-
-
 class VideoReader:
     """One picture per second of a video file: for second k, the last with timestamp <= start + k.
 
     This is exact for constant and variable frame rates, edit lists and start offsets. A damaged or cut file gives what
     can be read: from an error to the next key picture the last good picture stays on screen, so that time stays right,
     and :attr:`report` counts those seconds.
+
+    Args:
+        path: the video file.
+        plan: which picture stands for each second, if that has been read already.
+
+    Raises:
+        VideoError: the path is no readable video; the one line says why and what to do.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], plan: Plan | None = None) -> None:
         self.path = os.fspath(path)
-        self._plan: Plan = make_plan(path)
+        self._plan: Plan = plan or make_plan(path)
         self._given = self._damaged = 0
 
     @property

@@ -41,8 +41,8 @@ def runs(path: str, plan: Plan, size: int, strict: bool) -> Iterator[Run]:
     As many cores as torch has threads decode segments between two of the plan's cuts; the pictures are those that one
     decoder would give, bit for bit.
     """
-    borders = [None, *_borders(plan), None]
-    segments = list(pairwise(borders))
+    limits = [None, *borders(plan, SEGMENT), None]
+    segments = list(pairwise(limits))
     workers = min(torch.get_num_threads(), len(segments))
     stop = Event()
     decoders: queue.SimpleQueue[Decoder] = queue.SimpleQueue()
@@ -67,17 +67,17 @@ def runs(path: str, plan: Plan, size: int, strict: bool) -> Iterator[Run]:
             job.result()
 
 
-def _borders(plan: Plan) -> list[int]:
-    """Cuts at least SEGMENT seconds apart."""
-    borders: list[int] = []
-    if len(plan.targets) > SEGMENT:
-        step = (int(plan.targets[-1]) - int(plan.targets[0])) / (len(plan.targets) - 1) * SEGMENT
+def borders(plan: Plan, seconds: int) -> list[int]:
+    """Cuts at least so many seconds apart."""
+    found: list[int] = []
+    if len(plan.targets) > seconds:
+        step = (int(plan.targets[-1]) - int(plan.targets[0])) / (len(plan.targets) - 1) * seconds
         last = -math.inf if not len(plan.cuts) else int(plan.targets[0])
         for cut in plan.cuts.tolist():
             if cut - last >= step:
-                borders.append(cut)
+                found.append(cut)
                 last = cut
-    return borders
+    return found
 
 
 def _decode_segment(
