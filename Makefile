@@ -15,13 +15,22 @@ CPP_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu
 BENCHMARKS := benchmarks/ops/*.py benchmarks/scaling.py -q --benchmark-disable-gc --benchmark-columns=median,rounds
 
 .DELETE_ON_ERROR:
-.PHONY: demo test setup lint bench bench-full clean
+.PHONY: demo test test-abi setup lint bench bench-full clean
 
 demo: setup
 	@$(BIN)/python -m hourllava.demo
 
 test: setup
 	@$(BIN)/python -m pytest
+
+# The stable ABI's promise: the library as it was built for one torch works with another, and another Python. Not part
+# of `make test`: a torch with CUDA is a download of 3 GB. Name others: make test-abi ABI_PYTHON=... ABI_TORCH=...
+ABI_PYTHON ?= python3.12
+ABI_TORCH ?= torch==2.11.0
+test-abi: setup
+	$(ABI_PYTHON) -m venv $(VENV)-abi
+	$(VENV)-abi/bin/python -m pip install $(ABI_TORCH) numpy pytest
+	PYTHONPATH=. $(VENV)-abi/bin/python -m pytest -q -p no:cacheprovider tests/ops tests/test_library.py
 
 lint: setup
 	$(BIN)/ruff check .
@@ -39,7 +48,7 @@ bench-full: setup
 setup: $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) build dist python/*.egg-info *.egg-info hourllava_ext/*.so
+	rm -rf $(VENV) $(VENV)-abi build dist python/*.egg-info *.egg-info hourllava_ext/*.so
 
 $(VENV)/.ready:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

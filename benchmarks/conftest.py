@@ -3,31 +3,44 @@
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks.suite import ROOT, machine, rates
+from benchmarks.suite import ROOT, machine, on_gpu, rates
 from benchmarks.table import as_table, rows_of
 
-RESULTS = ROOT / "benchmarks/results"
 RATES = pytest.StashKey[dict[str, float]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="every shape and length, and not what five minutes allow")
+    parser.addoption("--device", default="cpu", help="where to measure: cpu or cuda")
+    parser.addoption("--results", default=str(ROOT / "benchmarks/results"), help="the folder of the JSON and the table")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "long: a benchmark that only a full run takes the time for")
+    config.addinivalue_line("markers", "gpu: a benchmark of a size that only a GPU is for")
+    device = torch.device(config.getoption("--device"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError(f"--device {device}: torch sees no GPU; measure on the CPU, or where there is one")
+    torch.set_default_device(device)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--full"):
-        return
-    short = [item for item in items if "7B" not in item.name and item.get_closest_marker("long") is None]
+    fit = [item for item in items if on_gpu() or item.get_closest_marker("gpu") is None]
+    short = fit if config.getoption("--full") else [item for item in fit if _is_short(item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in short])
     items[:] = short
+
+
+def _is_short(item: pytest.Item) -> bool:
+    # A GPU runs in bfloat16; its ten minutes have no room for what it does not.
+    wide = on_gpu() and "torch.float32" in item.name
+    return "7B" not in item.name and not wide and item.get_closest_marker("long") is None
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -48,18 +61,21 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         "results": [
             {
                 **bench.extra_info,
-                "median": bench.stats.median,
-                "p25": bench.stats.q1,
-                "p75": bench.stats.q3,
+                "median": bench.stats.median / bench.extra_info["calls"],
+                "p25": bench.stats.q1 / bench.extra_info["calls"],
+                "p75": bench.stats.q3 / bench.extra_info["calls"],
                 "rounds": bench.stats.rounds,
             }
             for bench in done
         ],
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / time.strftime("%Y-%m-%d-%H%M%S.json")
+    folder = Path(config.getoption("--results"))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / time.strftime("%Y-%m-%d-%H%M%S.json")
     path.write_text(json.dumps(document, indent=1) + "\n")
+    lines = as_table(rows_of(document))
+    path.with_suffix(".txt").write_text("\n".join(lines) + "\n")
     terminalreporter.section("ours and its peers")
-    for line in as_table(rows_of(document)):
+    for line in lines:
         terminalreporter.write_line(line)
-    terminalreporter.write_line(f"{path.relative_to(ROOT)}; draw it with python -m benchmarks.report")
+    terminalreporter.write_line(f"{path}; draw it with python -m benchmarks.report {path}")

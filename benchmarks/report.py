@@ -29,7 +29,8 @@ def draw(source: Path, target: Path) -> None:
     axes.set_yticks([i + 0.4 - height / 2 for i in range(len(rows))], [row.name for row in rows], fontsize=7)
     axes.set_xlabel("times the time of hourllava_ext; right of the line ours is faster")
     where = document["machine"]
-    axes.set_title(f"{where['cpu']}, {where['threads']} threads, {where['tier']}, torch {where['torch']}", fontsize=9)
+    what = where.get("gpu") or f"{where['cpu']}, {where['threads']} threads, {where['tier']}"
+    axes.set_title(f"{what}, torch {where['torch']}", fontsize=9)
     axes.legend(fontsize=8)
     figure.savefig(target, dpi=150)
 

@@ -16,6 +16,7 @@ class Row:
     spread: float  # (p75 - p25) / median of ours
     bound: str  # what the machine is compared with: a product or a copy
     share: float  # of that rate
+    rate: float  # FLOP/s for a product, bytes/s for a copy
     peers: dict[str, float]  # how many times longer each takes
 
 
@@ -38,7 +39,8 @@ def rows_of(document: dict[str, Any]) -> list[Row]:
         bound = max(floors, key=lambda name: floors[name])
         peers = {way: result["median"] / ours["median"] for way, result in ways.items() if way != OURS}
         spread = (ours["p75"] - ours["p25"]) / ours["median"]
-        rows.append(Row(", ".join(key), ours["median"], spread, bound, floors[bound] / ours["median"], peers))
+        rate = (ours["bytes"] if bound == "copy" else ours["flop"]) / ours["median"]
+        rows.append(Row(", ".join(key), ours["median"], spread, bound, floors[bound] / ours["median"], rate, peers))
     return rows
 
 
@@ -46,10 +48,11 @@ def as_table(rows: list[Row]) -> list[str]:
     """Lines of text, one a row."""
     names = sorted({way for row in rows for way in row.peers})
     wide = max(len(row.name) for row in rows)
-    head = f"{'':{wide}} {'median':>10} {'spread':>7} {'of the machine':>20}"
+    head = f"{'':{wide}} {'median':>10} {'spread':>7} {'rate':>13} {'of the machine':>20}"
     lines = [head + "".join(f"{'x ' + name:>12}" for name in names)]
     for row in rows:
         time = f"{row.seconds * 1e3:.3g} ms"
-        line = f"{row.name:{wide}} {time:>10} {row.spread:>7.0%} {f'{row.share:.0%} of {row.bound}':>20}"
+        rate = f"{row.rate / 1e9:.0f} GB/s" if row.bound == "copy" else f"{row.rate / 1e12:.3g} TFLOP/s"
+        line = f"{row.name:{wide}} {time:>10} {row.spread:>7.0%} {rate:>13} {f'{row.share:.0%} of {row.bound}':>20}"
         lines.append(line + "".join(f"{row.peers[n]:>12.2f}" if n in row.peers else f"{'':>12}" for n in names))
     return lines

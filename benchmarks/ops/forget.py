@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The queries of a ten-minute memory, beside the original's order: draw and gather for all frames, then drop frames."""
+"""The queries of a memory of ten minutes (an hour on a GPU), beside the original's order: draw and gather for all
+frames, then drop frames.
+"""
 
 from typing import Any
 
@@ -7,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.suite import DTYPES, OURS, SHAPES, Bench, Shape, Work, grad, size_of, tolerance
+from benchmarks.suite import DTYPES, OURS, SHAPES, Bench, Shape, Work, by_device, grad, size_of, tolerance
 from hourllava_ext import forget, reference
 
-FRAMES, PATCHES, KEPT = 600, 64, 16
+FRAMES, PATCHES, KEPT = by_device(600, 3600), 64, 16
 
 
 def original(tokens: Tensor, frames: Tensor, draws: Tensor, newline: Tensor) -> Tensor:

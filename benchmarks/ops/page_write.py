@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys and values of ten minutes to pages, beside a copy of the same bytes, which rotates and sums nothing."""
+"""Keys and values of ten minutes (an hour on a GPU) to pages, beside a copy of the same bytes, which rotates and sums
+nothing.
+"""
 
 from typing import Any
 
@@ -7,10 +9,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.suite import DTYPES, OURS, PAGE, SHAPES, Bench, Shape, Work, frequencies, grad, size_of, tolerance
+from benchmarks.suite import (
+    DTYPES,
+    OURS,
+    PAGE,
+    SHAPES,
+    Bench,
+    Shape,
+    Work,
+    by_device,
+    frequencies,
+    grad,
+    size_of,
+    tolerance,
+)
 from hourllava_ext import page_write, page_write_, reference
 
-ROWS = 600 * 64
+ROWS = by_device(600, 3600) * 64
 PAGES = ROWS // PAGE
 
 

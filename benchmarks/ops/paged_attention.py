@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention to a minute of memory, beside torch on keys that are gathered, rotated and repeated beforehand, untimed."""
+"""Attention to a minute of memory, beside torch on keys that are gathered, rotated and repeated beforehand, untimed;
+on a GPU to an hour, too, beside every attention that is installed.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +11,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.suite import DTYPES, OURS, PAGE, SHAPES, Bench, Shape, Work, flat, frequencies, grad, size_of, tolerance
-from hourllava_ext import paged_attention, reference
+from benchmarks.peers import GPU_PEERS
+from benchmarks.suite import (
+    DTYPES,
+    OURS,
+    PAGE,
+    SHAPES,
+    Bench,
+    Shape,
+    Work,
+    flat,
+    frequencies,
+    grad,
+    size_of,
+    tolerance,
+    train,
+)
+from hourllava_ext import paged_attention, reference, rope
 
 QUERIES, PAGES = 512, 31
 
@@ -73,3 +90,56 @@ def bench_part_of_the_pages(benchmark: Any, pages: int) -> None:
     case = make("forward", SHAPES[0], torch.bfloat16, pages)
     case.shape += f", {pages} pages"
     case.run(benchmark, OURS)
+
+
+# A question about an hour: 512 frames of 16 tokens and a newline, and 96 words; 234,000 rows of memory.
+HOUR_QUERIES, HOUR_PAGES = 512 * 17 + 96, 1829
+
+
+def make_hour(step: str, part: int) -> Bench:
+    """The 3B shape in bfloat16, reading 1/part of the pages.
+
+    A peer reads rows that were gathered, and gets queries that were rotated, beforehand and untimed. With "gather" in
+    its name it gathers and rotates in each call, as it would have to in our place.
+    """
+    (query_heads, key_heads), width = SHAPES[0].heads, SHAPES[0].head_dim
+    training = step != "forward"
+    query = torch.randn(HOUR_QUERIES, query_heads, width, dtype=torch.bfloat16, requires_grad=training)
+    pools = [torch.randn(HOUR_PAGES, key_heads, PAGE, width, dtype=torch.bfloat16) for _ in range(2)]
+    pools = [pool.requires_grad_(training) for pool in pools]
+    table = torch.randperm(HOUR_PAGES)[: -(-HOUR_PAGES // part)].sort().values.to(torch.int32)[None]
+    positions, inv_freq = torch.randint(0, HOUR_PAGES * PAGE, (HOUR_QUERIES,)), frequencies(width)
+    places = positions, torch.tensor([0, HOUR_QUERIES]), inv_freq
+    args = [query, *pools, table, torch.full((HOUR_PAGES,), PAGE, dtype=torch.int32), *places]
+
+    def gathered() -> list[Tensor]:
+        turned = rope(query, positions, inv_freq).transpose(0, 1)
+        rows = [pool[table[0].long()].transpose(0, 1).flatten(1, 2) for pool in pools]
+        return [t[None] for t in (turned, *rows)]
+
+    ready = [t.detach().contiguous().requires_grad_(training) for t in gathered()]
+    functions: dict[str, Callable[[], Tensor]] = {OURS: lambda: paged_attention(*args)[0]}
+    for name, attend in GPU_PEERS.items():
+        functions[name] = lambda attend=attend: attend(*ready)[0].transpose(0, 1)
+        functions[f"gather, {name}"] = lambda attend=attend: attend(*gathered())[0].transpose(0, 1)
+    ways: dict[str, Callable[[], Any]] = dict(functions)
+    agree: dict[str, Callable[[], Any]] = {}
+    if training:
+        # Of peers with rows made beforehand only the output is compared: their gradients are of other tensors.
+        inside = {name for name in functions if name == OURS or name.startswith("gather")}
+        for name, function in functions.items():
+            ways[name] = train(function, args[:3] if name in inside else ready)
+            agree[name] = function
+    rows = table.shape[1] * PAGE
+    flop = 4.0 * HOUR_QUERIES * query_heads * rows * width * (3.5 if training else 1)
+    work = Work(bytes=size_of(query, query) + 4.0 * rows * key_heads * width, flop=flop)
+    shape = f"3B, an hour, 1/{part} of the pages"
+    return Bench("paged_attention", step, shape, torch.bfloat16, work, ways, tolerance(torch.bfloat16), agree)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", [OURS, *GPU_PEERS, "gather, cuDNN", "gather, flash 3"])
+@pytest.mark.parametrize("part", [1, 16])
+@pytest.mark.parametrize("step", ["forward", "forward+backward"])
+def bench_hour(benchmark: Any, step: str, part: int, way: str) -> None:
+    make_hour(step, part).run(benchmark, way)

@@ -6,15 +6,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.suite import DTYPES, OURS, SHAPES, Bench, Shape, Work, frequencies, grad, size_of, tolerance
+from benchmarks.suite import DTYPES, OURS, SHAPES, Bench, Shape, Work, by_device, frequencies, grad, size_of, tolerance
 from hourllava_ext import reference, rope
 
-TOKENS = 4096
+TOKENS = by_device(4096, 65536)
 
 
 def make(step: str, shape: Shape, dtype: torch.dtype) -> Bench:
     x = torch.randn(TOKENS, shape.heads[0], shape.head_dim).to(dtype).requires_grad_(step == "backward")
-    args = x, torch.randperm(234_000)[:TOKENS], frequencies(shape.head_dim)
+    args = x, torch.randint(0, 234_000, (TOKENS,)), frequencies(shape.head_dim)
     ways = {OURS: lambda: rope(*args), "reference": lambda: reference.rope(*args)}
     if step == "backward":
         ways = {name: grad(way, [x]) for name, way in ways.items()}

@@ -1,0 +1,92 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Everything that needs a GPU, in under ten minutes and without a network:
+#
+#     benchmarks/gpu.sh [FOLDER]
+#
+# builds the library for the torch that is there, runs the tests of the GPU's kernels (what would be skipped fails),
+# looks for memory errors in small cases, and measures every operator beside the peers that are installed. FOLDER
+# (default: benchmarks/results) gets the log of each step, the results as JSON, and the table. PYTHON names the
+# interpreter (default: python3). The exit code is 0 if every step went well.
+set -uo pipefail
+
+refuse() {
+    echo "gpu.sh: $1; $2" >&2
+    exit 1
+}
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-python3}
+[[ $# -le 1 ]] || refuse "one folder at most, got $#" "usage: benchmarks/gpu.sh [FOLDER]"
+out=${1:-$root/benchmarks/results}
+"$python" -c 'import torch' 2>/dev/null || refuse "$python has no torch" "name one that has: PYTHON=... benchmarks/gpu.sh"
+"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+    refuse "torch sees no GPU" "run it on a machine that has one"
+missing=$("$python" -c 'from importlib.util import find_spec as find
+print(*(name for name in ("triton", "pytest", "pytest_benchmark") if find(name) is None))')
+[[ -z $missing ]] || refuse "$python lacks $missing" "install what is missing"
+mkdir -p "$out" 2>/dev/null || refuse "$out cannot be made" "name another folder"
+out=$(cd "$out" && pwd)
+cd "$root" || exit 1
+export PYTHONPATH=$root:$root/python${PYTHONPATH:+:$PYTHONPATH}
+library=$root/hourllava_ext/_C.abi3.so
+
+has() { "$python" -c "import $1" 2>/dev/null; }
+
+summary=()
+status=0
+# step NAME SECONDS COMMAND...: runs it, keeps its output, and goes on whatever comes of it. The interrupt lets pytest
+# write down what it has when its time is up.
+step() {
+    local name=$1 limit=$2 begin=$SECONDS code=0 said=ok
+    shift 2
+    echo "== $name: at most $limit s"
+    timeout --signal=INT --kill-after=15 "$limit" "$@" 2>&1 | tee "$out/$name.log" || code=$?
+    if ((code == 124 || code == 137)); then said="ran out of its $limit s"; elif ((code)); then said="failed ($code)"; fi
+    ((code)) && status=1
+    summary+=("$(printf '%-12s %4d s  %s' "$name" $((SECONDS - begin)) "$said")")
+    return "$code"
+}
+leave_out() { summary+=("$(printf '%-12s    - s  %s' "$1" "left out: $2")"); }
+
+"$python" -c 'import platform, torch
+print(f"Python {platform.python_version()}, torch {torch.__version__}, {torch.cuda.get_device_name()}")'
+
+# The promise of the stable ABI: a library that was built elsewhere, for another torch and Python, works here.
+if [[ -e $library ]]; then
+    step carried 30 "$python" -m pytest -q -p no:cacheprovider tests/ops/test_rope.py tests/ops/test_forget.py
+else
+    leave_out carried "no library came along"
+fi
+if command -v cmake >/dev/null && command -v ninja >/dev/null && has setuptools; then
+    step build 150 "$python" setup.py build_ext --inplace
+else
+    leave_out build "there is no cmake, ninja or setuptools here"
+fi
+[[ -e $library ]] || refuse "there is no library" "install cmake, ninja and setuptools, or bring hourllava_ext/_C.abi3.so"
+
+parallel=()
+has xdist && parallel=(-n 4)
+FAIL_WITHOUT_CUDA=1 step tests 140 "$python" -m pytest -q -p no:cacheprovider ${parallel[@]+"${parallel[@]}"} \
+    tests/gpu --ignore=tests/gpu/test_compile.py
+if has nvidia.dali && has av; then
+    step decoder 40 "$python" -m pytest -q -p no:cacheprovider tests/video/test_dali.py -k cuda
+else
+    leave_out decoder "DALI or PyAV is not installed"
+fi
+if command -v compute-sanitizer >/dev/null; then
+    # One small case of each operator, with every tensor in an allocation of its own.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 FAIL_WITHOUT_CUDA=1 step sanitizer 50 \
+        compute-sanitizer --tool memcheck --target-processes all --error-exitcode 9 \
+        "$python" -m pytest -q -p no:cacheprovider tests/gpu/test_kernels.py \
+        -k "library and ((shape0 and dtype0) or (retrieve and apart and dtype0 and both) or split_pages)"
+else
+    leave_out sanitizer "there is no compute-sanitizer here"
+fi
+measure=("$python" -m pytest -q -p no:cacheprovider --device cuda --results "$out" --benchmark-disable-gc
+    "--benchmark-columns=median,rounds" --benchmark-min-rounds=5 -rs)
+step hour 70 "${measure[@]}" --benchmark-max-time=0.3 benchmarks/ops/paged_attention.py -k bench_hour
+step operators 100 "${measure[@]}" --benchmark-max-time=0.1 benchmarks/ops/*.py -k "not bench_hour"
+
+printf '%s\n' "" "step         time     result" "${summary[@]}" "results and logs: $out" | tee "$out/summary.txt"
+exit $status
