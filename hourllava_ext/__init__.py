@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operators on the memory of a video: pooled, scored, forgotten, rotated, paged, retrieved, attended and merged.
 
-Shapes and dtypes are those of each function's docstring. A GPU takes no float64, and does not check indices into memory:
+Shapes and dtypes are those of each function's docstring. A GPU takes no float64 and does not check indices in memory:
 the host would have to wait for it.
 """
 
