@@ -36,7 +36,7 @@ def draw(source: Path, target: Path) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    kept = sorted((ROOT / "benchmarks/results").glob("*.json"))
+    kept = sorted((ROOT / "benchmarks/results").glob("2*.json"))
     if not arguments and not kept:
         sys.exit("benchmarks: there are no results to draw; run `make bench` first")
     source = Path(arguments[0]) if arguments else kept[-1]

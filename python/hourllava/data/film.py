@@ -5,16 +5,20 @@ Everything is drawn from a seed, at any frame size and at any second, so the sam
 and written to an MP4 file. The sun crosses the sky from left to right in the course of the film.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from hourllava.data import drawing
 from hourllava.data.questions import Question, ask_about
+from hourllava.video.resize import resize_frames
 
 EVENT_SECONDS = 2
+FILM_SIZE = 128  # side in pixels of a film that is written to a file
 COLOURS = {
     "red": (215, 25, 25),
     "blue": (25, 40, 230),
@@ -100,6 +104,15 @@ class Film:
                 drawing.moving_shape(canvas, event, second - event.start, COLOURS[event.colour], MOTIONS[event.motion])
         return np.clip(canvas, 0, 255).astype(np.uint8)
 
+    def seen(self, seconds: Iterable[float], size: int, drawn: int = FILM_SIZE) -> Tensor:
+        """The pictures at ``seconds`` as a tower of ``size`` pixels gets them from a file whose side is ``drawn``.
+
+        Returns:
+            (n, 3, size, size) uint8.
+        """
+        pictures = np.stack([self.frame(second, drawn) for second in seconds])
+        return resize_frames(torch.from_numpy(pictures).permute(0, 3, 1, 2), size)
+
     def ball_position(self, second: float) -> tuple[float, float]:
         """Centre of the ball, which bounces between the edges of the ground."""
         x, y = (abs((second * rate + 0.3 * i) % 2 - 1) for i, rate in enumerate(self.ball_rate))
@@ -123,7 +136,7 @@ class Film:
         """Every question that this film answers without ambiguity; ``rng`` varies the wording."""
         return ask_about(self, rng)
 
-    def write(self, path: str | Path, size: int = 128, fps: int = 4, progress: bool = True) -> None:
+    def write(self, path: str | Path, size: int = FILM_SIZE, fps: int = 4, progress: bool = True) -> None:
         """Write the film as an H.264 MP4 file of ``size`` x ``size`` pixels."""
         from tqdm import tqdm
 

@@ -16,7 +16,7 @@ from hourllava.model.configuration import tiny_config
 from hourllava.train.examples import Batch, Examples
 from hourllava.train.grounding import Grounding
 from hourllava.train.overrides import RECIPE_FILE, find_recipe, show
-from hourllava.train.recipes import PARTS, TOWER_RATE, Recipe, Stage, Training
+from hourllava.train.recipes import PARTS, Recipe, Stage, Training
 from hourllava.train.tower import pretrain_tower
 from hourllava.train.training import train
 
@@ -78,13 +78,12 @@ def train_stage(
     """Train the stage's parts through its lessons; returns the loss of every step."""
     torch.manual_seed(seed)
     groups = select_parts(model, stage.trains)
-    rates = {part: stage.learning_rate * (TOWER_RATE if part == "vision_tower" else 1.0) for part in groups}
+    rates = {part: stage.learning_rate * (stage.tower_rate if part == "vision_tower" else 1.0) for part in groups}
     optimizer = torch.optim.AdamW([{"params": p, "lr": rates[part]} for part, p in groups.items()], weight_decay=0.0)
     parameters = [parameter for group in groups.values() for parameter in group]
     schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, stage.warmup_steps, stage.steps, min_lr_rate=0.05)
-    examples = Examples(
-        tokenizer, model.config.vision_config.image_size, seed, (seed + 1) * 10_000_000, stage.event_weight
-    )
+    size, first = model.config.vision_config.image_size, (seed + 1) * 10_000_000
+    examples = Examples(tokenizer, size, seed, first, stage.event_weight, stage.film_size)
     losses = []
     model.train()
     for lesson in stage.lessons:

@@ -38,10 +38,15 @@ class Examples:
         seed: int,
         first_film: int = 0,
         event_weight: int = 1,
+        film_size: int | None = None,
     ) -> None:
-        """``event_weight``: how much likelier than another topic it is to be asked what happened in a landscape."""
+        """Films of ``film_size`` pixels, by default ``image_size``, are resized as a file's are.
+
+        ``event_weight``: how much likelier than another topic it is to be asked what happened in a landscape.
+        """
         self.tokenizer = tokenizer
         self.image_size = image_size
+        self.film_size = film_size or image_size
         self.film = first_film
         self.event_weight = event_weight
         self.rng = np.random.default_rng([seed, first_film])
@@ -78,6 +83,6 @@ class Examples:
 
     def _pixels(self, film: Film, seconds: int) -> Tensor:
         times = range(seconds) if seconds > 1 else (film.events[0].start + int(self.rng.integers(2)),)
-        frames = torch.from_numpy(np.stack([film.frame(t, self.image_size) for t in times])).permute(0, 3, 1, 2)
+        frames = film.seen(times, self.image_size, self.film_size)
         noise = self.noise[torch.from_numpy(self.rng.integers(len(self.noise), size=len(frames)))]
         return (frames + noise) / 127.5 - 1

@@ -12,7 +12,6 @@ PARTS = {
     "vision_resampler": "model.vision_resampler.",
     "language_model": "",  # whatever no other part holds: decoder, embeddings and the newline token
 }
-TOWER_RATE = 0.05  # the tower's learning rate beside the resampler's, 5e-6 to 1e-4 in the original's stage 2
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,8 @@ class Stage:
     memaug: bool = True  # False: the kept tokens go straight to the decoder
     grounding: float = 0.0  # weight of the reward for attention on the pages that show the answer
     event_weight: int = 1  # how much likelier than another topic it is to be asked what happened in a landscape
+    film_size: int = 64  # side at which films are drawn; a file's is FILM_SIZE, resized for the tower
+    tower_rate: float = 0.05  # the tower's learning rate beside the others', 5e-6 to 1e-4 in the original's stage 2
 
     @property
     def steps(self) -> int:
