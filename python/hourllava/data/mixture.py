@@ -110,7 +110,13 @@ def _manifest(path: Path) -> Part:
 def _read_mixture(path: Path) -> list[Part]:
     document = _read_yaml(path)
     common = _checked(document, path, {"media_root": str, "features": str, "datasets": list}, "datasets")
-    allowed = {"json_path": str, "sampling_strategy": str, "media_root": str, "features": str, "stream": str}
+    allowed: dict[str, type] = {
+        "json_path": str,
+        "sampling_strategy": str,
+        "media_root": str,
+        "features": str,
+        "stream": str,
+    }
     parts = []
     for value in common["datasets"]:
         given = _checked(value, path, allowed, "json_path")
@@ -141,8 +147,8 @@ def _checked(value: Any, path: Path, allowed: dict[str, type], needed: str) -> d
         raise DataError(what, f"there is no key {unknown[0]!r}", f"choose from {', '.join(allowed)}")
     for key, item in given.items():
         if not isinstance(item, allowed[key]):
-            names = {str: "a text", list: "a list"}
-            raise DataError(what, f"{key} is {item!r}, not {names[allowed[key]]}", "correct it")
+            kind = "a list" if allowed[key] is list else "a text"
+            raise DataError(what, f"{key} is {item!r}, not {kind}", "correct it")
     if needed not in given:
         raise DataError(what, f"it has no {needed}", f"add {needed}")
     return given
