@@ -10,14 +10,16 @@ from PIL import Image
 from tiny_model import make_model
 
 from hourllava.cli import main
-from hourllava.evaluate import HourTest, RetrievalReport, measure_retrieval
+from hourllava.evaluate import HourTest, RetrievalReport, measure_retrieval, report_table
 from hourllava.evaluate.retrieval import PARTS, Part, recall_of
 from hourllava.model import Answer
 
 
-def report_of(agreements: dict[int, float]) -> RetrievalReport:
-    report = RetrievalReport(1, 3600, 100, "both", None)
-    report.parts = [Part(part, 10, 1, 1, agreement, 1, 1, 0) for part, agreement in agreements.items()]
+def report_of(agreements: dict[int, float], recall: float = 1.0, questions: int = 300) -> RetrievalReport:
+    report = RetrievalReport(1, 3600, questions, "both", None)
+    report.parts = [
+        Part(part, 10, 1 if part == 1 else recall, 1, agreement, 1, 1, 0) for part, agreement in agreements.items()
+    ]
     return report
 
 
@@ -25,6 +27,14 @@ def test_rule_of_the_default() -> None:
     assert report_of({1: 1, 2: 1, 4: 0.99, 8: 0.98, 16: 1}).default == "1/4"  # 1/8 breaks it for all below
     assert report_of({1: 1, 2: 0.9, 4: 1}).default is None
     assert report_of({1: 1, 2: 1}).default == "1/2"
+    assert report_of({1: 1, 2: 1}, recall=0.94).default is None
+    assert report_of({1: 1, 2: 1}, questions=299).default is None
+    for report, said in [
+        (report_of({1: 1, 2: 1}), "attention: 1/2."),
+        (report_of({1: 1, 2: 0.5}), "read all pages."),
+        (report_of({1: 1, 2: 1}, questions=24), "24 questions are too few to tell, ask 300."),
+    ]:
+        assert said in str(report_table(report).caption)
 
 
 def test_recall_is_the_exact_attention_on_the_pages_read() -> None:

@@ -197,10 +197,10 @@ def _add_retrieval_report(commands: "argparse._SubParsersAction[argparse.Argumen
         help="measure what reading a part of the memory costs and saves",
         description=(
             "Ask the questions of held-out films with budgets of 1/2 to 1/64 of the pages, and compare attention, "
-            "answers and time with reading all of them. A default budget follows from the table."
+            "answers and time with reading all of them. From 300 questions on (13 films), a default budget follows."
         ),
     )
-    report.add_argument("--videos", metavar="N", type=_positive, default=3, help="how many films (default: 3)")
+    report.add_argument("--videos", metavar="N", type=_positive, default=20, help="how many films (default: 20)")
     report.add_argument(
         "--seconds", metavar="N", type=_positive, default=3600, help="how long each film is (default: 3600)"
     )

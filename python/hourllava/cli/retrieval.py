@@ -63,5 +63,5 @@ def plot_retrieval(path: Path, report: "RetrievalReport") -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    axes.set_title(f"{report.questions} questions about {report.films} films of {report.seconds} s", fontsize=10)
+    axes.set_title(f"{report.questions} questions, films: {report.films} of {report.seconds} s", fontsize=10)
     figure.savefig(path, format="png")
