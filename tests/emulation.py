@@ -20,7 +20,7 @@ ORDERS = (0, 1, 2)
 
 
 def tool(name: str) -> str:
-    """A program of this environment or of the machine."""
+    """A program that lies beside Python, or on the PATH."""
     found = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()]))
     assert found, f"{name} is missing; pip install {name}"
     return found
