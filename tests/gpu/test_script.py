@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`benchmarks/gpu.sh` where there is no GPU: it refuses in one line, and runs through its steps with a mock Python."""
+"""`benchmarks/gpu.sh` without a GPU: it refuses in one line, and runs through its steps with a mock interpreter."""
 
 import os
 import subprocess

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """MemAug on its own: post-norm blocks, positions, evidence, compilation."""
 
+from dataclasses import fields, replace
+
 import pytest
 import torch
 from tools import assert_error_rule
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hourllava.memory.pages import join_layouts, video_layout
 from hourllava.model import tiny_config
@@ -134,3 +138,61 @@ def test_fullgraph_compile():
             expected = gradients
     for ours, theirs in zip(gradients, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("budget", [None, 2])
+@pytest.mark.parametrize("evidence", [False, True])
+def test_nothing_waits_for_the_device(budget, evidence):
+    """Tensors without data go through: what would make the host read one, or a shape depend on one, is an error."""
+    memaug, queries, stream, tokens, layout = make_case((7, 4), (5, 3))
+    pages = memaug.write(tokens, layout)
+    use = MemoryUse(budget_pages=budget, mass_weight=torch.rand(len(queries)) if evidence else None)
+    expected = memaug(queries, stream, pages, use)
+    mode = FakeTensorMode()
+
+    def without_data(value):
+        if isinstance(value, torch.Tensor):
+            return mode.from_tensor(value.detach())
+        return value
+
+    def each_without_data(data):
+        return replace(data, **{f.name: without_data(getattr(data, f.name)) for f in fields(data)})
+
+    args = (
+        without_data(queries),
+        each_without_data(stream),
+        [each_without_data(own) for own in pages],
+        each_without_data(use),
+    )
+    with mode:
+        out, mass = MemAug(memaug.config, 2)(*args)
+    assert out.shape == expected[0].shape
+    assert mass is None if not evidence else mass.shape == expected[1].shape
+
+
+class Called(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name().removesuffix(".default"))
+        return func(*args, **(kwargs or {}))
+
+
+def test_backward_computes_no_attention_again():
+    """It reads the output and the log-sum-exp that the forward kept; no score was kept, and none is made twice."""
+    memaug, queries, stream, tokens, layout = make_case((30,), (60,))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        out, _ = memaug(queries, stream, memaug.write(tokens, layout))
+    memory = len(tokens) * memaug.config.hidden_size  # the tokens themselves, which the key and value weights need
+    assert max(kept) <= max(memory, max(p.numel() for p in memaug.parameters()))
+    with Called() as called:
+        out.sum().backward()
+    attention = [name for name in called.names if "attention" in name]
+    assert attention.count("hourllava_ext::paged_attention_backward") == len(memaug.layers)
+    assert len(attention) == 2 * len(memaug.layers)
+    assert all("backward" in name for name in attention), attention

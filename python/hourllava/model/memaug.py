@@ -119,9 +119,10 @@ class CrossAttention(nn.Module):
         page_mass = None
         if mass and use.mass_weight is not None:
             share = mass[0] * _share_of_sample(use.mass_weight, bounds, stream.cu_seqlens)[:, None]
-            listed = table >= 0
-            page_mass = share.new_zeros(len(pages.page_lengths))
-            page_mass = page_mass.index_add(0, table[listed].to(torch.int64), share[listed])
+            # Holes count towards a page behind the last; picking the others would make the host wait for their number.
+            count = len(pages.page_lengths)
+            page = torch.where(table >= 0, table, count).flatten().to(torch.int64)
+            page_mass = share.new_zeros(count + 1).index_add(0, page, share.flatten())[:count]
         return self.Wo(out.flatten(1)), lse, page_mass
 
 
