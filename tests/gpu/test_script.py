@@ -15,8 +15,9 @@ echo "step: $*"
 """
 
 
-def run(python: str, *arguments: str) -> subprocess.CompletedProcess:
-    variables = {**os.environ, "PYTHON": python, "CUDA_VISIBLE_DEVICES": ""}
+def run(python: str, *arguments: str, tools: Path = Path()) -> subprocess.CompletedProcess:
+    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    variables = {**os.environ, "PYTHON": python, "CUDA_VISIBLE_DEVICES": "", "PATH": path}
     command = ["bash", str(SCRIPT), *arguments]
     return subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
 
@@ -35,11 +36,13 @@ def test_usage() -> None:
 
 def test_steps(tmp_path: Path) -> None:
     """Every step runs, whichever fails, and the exit code tells."""
-    mock = tmp_path / "python"
+    mock, sanitizer = tmp_path / "python", tmp_path / "compute-sanitizer"
+    sanitizer.write_text("#!/usr/bin/env bash\n")
+    sanitizer.chmod(0o755)
     for fails, code in (("", 0), ("bench_hour", 1)):
         mock.write_text(MOCK.format(fails=fails))
         mock.chmod(0o755)
-        done = run(str(mock), str(tmp_path / "results"))
+        done = run(str(mock), str(tmp_path / "results"), tools=tmp_path)
         assert done.returncode == code, done.stdout + done.stderr
         summary = (tmp_path / "results/summary.txt").read_text()
         assert summary in done.stdout
@@ -47,4 +50,5 @@ def test_steps(tmp_path: Path) -> None:
         assert {"carried", "build", "tests", "decoder", "sanitizer", "hour", "operators"} <= set(results)
         assert results["operators"].endswith("  ok" if not fails else "failed (1)")
         assert results["tests"].endswith("  ok")
+        assert results["sanitizer"].endswith("  ok")
         assert "tests/gpu" in (tmp_path / "results/tests.log").read_text()
