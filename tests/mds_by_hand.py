@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shards laid out byte by byte, as mosaicml-streaming and the original write them."""
+"""What tests of shards share: samples, and shards laid out byte by byte, as others write them."""
 
 import hashlib
 import io
@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from hourllava.data.samples import Sample
 
 
 def jpeg(colour, size=(8, 6)):
@@ -61,3 +63,16 @@ class Evil:
 
     def __reduce__(self):
         return Path.mkdir, (self.place,)
+
+
+def conversation(number, *media):
+    marks = "<image>\n" * len(media)
+    return Sample(f"id {number}", ((f"{marks}What?", f"Ä {number}"),), media, f"data.json:{number}", "long")
+
+
+def texts(count):
+    return [conversation(number) for number in range(count)]
+
+
+def numbers(samples):
+    return [int(found.sample.id.split()[1]) for found in samples]

@@ -124,7 +124,7 @@ def _work(share: Share, tell: "Callable[[int | Outcome], None]") -> HourLlavaErr
     try:
         model = load_model(share.model)
         if torch.cuda.is_available():
-            model.to(torch.device("cuda", share.number % torch.cuda.device_count()))
+            model.to(torch.device("cuda", share.number % torch.cuda.device_count()))  # type: ignore[arg-type]
         elif share.processes > 1:
             torch.set_num_threads(max(1, torch.get_num_threads() // share.processes))
         writer, repository = FrameWriter(model), Repository(share.repository)
@@ -149,21 +149,21 @@ def _work_in_processes(shares: list[Share], tell: "Callable[[int | Outcome], Non
             sender.close()  # so that the pipe ends when the process does
             processes[receiver] = process
         while processes and fault is None:
-            for receiver in wait(list(processes)):
-                assert isinstance(receiver, Connection)
+            for ready in wait(list(processes)):
+                assert isinstance(ready, Connection)
                 try:
-                    event = receiver.recv()
+                    event = ready.recv()
                 except EOFError:
-                    killed = _ending(processes.pop(receiver)) or killed
+                    killed = _ending(processes.pop(ready)) or killed
                     continue
                 if isinstance(event, HourLlavaError):
                     fault = event
                 else:
                     tell(event)
     finally:
-        for process in processes.values():
-            process.terminate()
-            process.join()
+        for left in processes.values():
+            left.terminate()
+            left.join()
     return fault or killed
 
 
@@ -194,7 +194,7 @@ def _conclude(repository: "Repository", outcomes: "list[Outcome]", fault: HourLl
 
     if fault is not None and not outcomes:
         raise fault
-    states = Counter(outcome.state for outcome in outcomes)
+    states: Counter[str] = Counter(outcome.state for outcome in outcomes)
     words = {"done": "embedded", "held": "there already", "busy": "left to another process", "failed": "failed"}
     counts = ", ".join(f"{states[state]} {word}" for state, word in words.items() if states[state])
     frames = sum(outcome.frames for outcome in outcomes)

@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -112,7 +112,7 @@ def _of_original(row: dict[str, Any], what: str) -> ShardSample:
         value.setdefault("video", video)
     sample = to_sample(Entry(what, value), Places(Path()))
     if video is not None:
-        kind = "features" if video.endswith(".pt") else "video"
+        kind: Literal["features", "video"] = "features" if video.endswith(".pt") else "video"
         medium = replace(sample.media[0], kind=kind, path=Path(video))
         return ShardSample(replace(sample, media=(medium,)), (None,))
     return ShardSample(sample, tuple(map(Held, images)))

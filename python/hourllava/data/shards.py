@@ -195,7 +195,7 @@ class ShardLoader(DataLoader):
         super().__init__(dataset, dataset.batch_size, num_workers=workers, collate_fn=collate or _as_list)
         self._shards = dataset
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Batches of the rest of the epoch, or of the next if there is no rest."""
         dataset = self._shards
         if dataset.taken > int(dataset._ends[-1]) - dataset.world:
