@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`benchmarks/gpu.sh` without a GPU: it refuses in one line, and runs through its steps with a mock interpreter."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +15,9 @@ echo "step: $*"
 
 
 def run(python: str, *arguments: str, tools: Path = Path()) -> subprocess.CompletedProcess:
-    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
-    variables = {**os.environ, "PYTHON": python, "CUDA_VISIBLE_DEVICES": "", "PATH": path}
-    command = ["bash", str(SCRIPT), *arguments]
-    return subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    settings = ["env", f"PYTHON={python}", "CUDA_VISIBLE_DEVICES=", "bash", "-c", 'PATH=$0:$PATH exec bash "$@"']
+    command = [*settings, str(tools), str(SCRIPT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
