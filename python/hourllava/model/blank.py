@@ -25,6 +25,6 @@ def visual(config: HourLlavaConfig, like: Tensor) -> Visual:
 def tower_runs(tower: VisionTower, passes: int) -> Tensor:
     """Zero, as the outcome of that many runs of the tower."""
     weight = tower.model.post_layernorm.weight
-    size = tower.model.config.image_size
+    size: int = tower.model.config.image_size  # type: ignore[assignment]
     frame = torch.zeros(1, 3, size, size, dtype=weight.dtype, device=weight.device)
     return 0 * torch.stack([tower(frame).sum() for _ in range(passes)]).sum()

@@ -127,7 +127,7 @@ def open_checkpoint(
         config.text_config.tie_word_embeddings = True
     _settle_head(checkpoint)
     fresh = new_resampler is not None and not any(name.startswith(RESAMPLER) for name in checkpoint.tensors)
-    if fresh:
+    if fresh and new_resampler is not None:
         config.memaug_depth = new_resampler
     _compare(checkpoint, network, RESAMPLER if fresh else None)
     return checkpoint

@@ -23,7 +23,7 @@ CHOICES = {
 FREE = {"workers", "save_steps", "keep", "report_to", "parallel"}
 _TRUE, _FALSE = ("true", "yes", "1"), ("false", "no", "0")
 
-Any_ = TypeVar("Any_", Recipe, Training)
+Any_ = TypeVar("Any_", bound=Recipe | Training)
 
 
 def find_recipe(name: str) -> Recipe | Training:

@@ -103,7 +103,7 @@ class VideoTrainer(Trainer):
         collate: Callable[[Sequence[Any]], dict[str, Any]],
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        self.recipe, self.network = recipe, model
+        self.recipe, self.network, self.data, self.collate = recipe, model, data, collate
         self.memory_group = memory_group(recipe)
         self.taken = (0, 0)  # optimizer steps that are done, and batches that this process has taken since
         self.meter = Meter(args.device, 1 / recipe.memory_parallel)
@@ -114,7 +114,7 @@ class VideoTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """This process' batches, in an order that every process can tell from the seed and the epoch."""
-        recipe, data = self.recipe, self.train_dataset
+        recipe, data = self.recipe, self.data
         groups, group = (n // recipe.memory_parallel for n in (process_count(), process_rank()))
         modalities = data.modalities if recipe.group_by_modality else None
         sampler = GroupedSampler(
@@ -131,12 +131,12 @@ class VideoTrainer(Trainer):
         return DataLoader(
             _Told(data),
             batch_sampler=BatchSampler(sampler, recipe.batch_per_device, drop_last=True),
-            collate_fn=partial(_collate, self.data_collator),
+            collate_fn=partial(_collate, self.collate),
             num_workers=recipe.workers,
             pin_memory=self.args.device.type == "cuda",
         )
 
-    def compute_loss(
+    def compute_loss(  # type: ignore[override]
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
         """The loss of a batch; every process runs the tower as often as the one with the most to see."""
@@ -148,7 +148,7 @@ class VideoTrainer(Trainer):
         passes = int(over_all(passes, self.args.device, dist.ReduceOp.MAX))
         if "vision_tower" in self.recipe.trains:
             passes = max(passes, 1)  # it may not be left out of a step, even if all have features
-        options = {"forgetting_seed": self._draw_seed(), "tower_passes": passes, "use_cache": False}
+        options: dict[str, Any] = {"forgetting_seed": self._draw_seed(), "tower_passes": passes, "use_cache": False}
         if self.memory_group is not None:
             options["memory_group"] = self.memory_group
         output = model(**inputs, **options)
@@ -183,6 +183,7 @@ class VideoTrainer(Trainer):
         super().log(logs, start_time)
 
     def _get_learning_rate(self) -> float:
+        assert self.lr_scheduler is not None  # made before the first step
         names = dict(zip(self._group_names, self.lr_scheduler.get_last_lr(), strict=True))
         self._rates = {f"rate/{name}": rate for name, rate in names.items()}
         return max(names.values())
@@ -255,6 +256,7 @@ class VideoTrainer(Trainer):
         if self._is_sharded:
             save_sharded(output_dir, self.network, self._plain_optimizer)
             if self.args.should_save:
+                assert self.lr_scheduler is not None
                 torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
         else:
             super()._save_optimizer_and_scheduler(output_dir)
@@ -262,6 +264,7 @@ class VideoTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self._is_sharded:
             load_sharded(checkpoint, self.network, self._plain_optimizer)
+            assert self.lr_scheduler is not None
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -271,4 +274,4 @@ class VideoTrainer(Trainer):
 
     @property
     def _plain_optimizer(self) -> torch.optim.Optimizer:
-        return getattr(self.optimizer, "optimizer", self.optimizer)
+        return getattr(self.optimizer, "optimizer", self.optimizer)  # type: ignore[return-value]

@@ -97,7 +97,7 @@ def load_model(recipe: Training, checkpoint: Path | None = None) -> HourLlavaFor
         ModelError: it is not whole.
     """
     whole = checkpoint is not None and not (checkpoint / TRAINED).exists()
-    fields = {
+    fields: dict[str, Any] = {
         "spatial_forgetting": recipe.spatial_forgetting,
         "image_grid": recipe.image_grid,
         "image_max_tiles": recipe.image_max_tiles,
@@ -183,7 +183,8 @@ def export(recipe: Training, out_dir: Path) -> None:
     if recipe.lora_rank:
         merge_adapters(model)
     with own_report():
-        model.to(torch.bfloat16 if recipe.bf16 else torch.float32).save_pretrained(part)
+        model.to(dtype=torch.bfloat16 if recipe.bf16 else torch.float32)  # type: ignore[call-arg]
+        model.save_pretrained(part)
     for path in sorted(part.iterdir()):
         os.replace(path, out_dir / path.name)
     part.rmdir()
