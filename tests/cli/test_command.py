@@ -198,7 +198,9 @@ def test_train_and_evaluate_hand_over(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls = []
-    monkeypatch.setattr("hourllava.train.run", lambda recipe, out: calls.append((recipe, out)) or out)
+    monkeypatch.setattr(
+        "hourllava.train.engine.run_recipe", lambda recipe, out: calls.append((recipe.name, out)) or out
+    )
     monkeypatch.setattr("hourllava.evaluate.main", lambda **given: calls.append(given) or 0)
     assert main(["train", "tiny", "-o", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"{tmp_path}\n"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from training_data import Toy, collate, make_recipe
 from transformers import TrainerCallback
 
 from hourllava.cli import main
+from hourllava.data.samples import Sample
+from hourllava.data.shards import ShardDataset, write_shards
 from hourllava.errors import DataError, RecipeError
 from hourllava.model import HourLlavaForConditionalGeneration
 from hourllava.train import Training, train
@@ -26,6 +29,7 @@ from hourllava.train import training as training_module
 from hourllava.train.groups import choose_parameters, learning_rates, merge_adapters, optimizer_groups
 from hourllava.train.report import MEMORY, SECONDS, TOKENS
 from hourllava.train.resume import checkpoints
+from hourllava.train.streams import ShardConversations, ShardSampler
 from hourllava.train.training import StoppedError, load_model
 
 STEPS = 5
@@ -323,6 +327,47 @@ def test_epochs_differ_and_a_run_goes_on_in_the_middle_of_one(base: Path, tmp_pa
     assert parts[0].taken + parts[1].taken == whole.taken
     ours, theirs = ([entry["loss"] for entry in history(tmp_path / name)] for name in ("a", "b"))
     assert ours == theirs
+
+
+def test_shards_train_and_go_on(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = [Sample(str(n), ((f"Is it {n}?", "Yes."),), (), f"test:{n}") for n in range(6)]
+    write_shards(samples, tmp_path / "shards", size_limit=600)
+    recipe = make_recipe(base, data=str(tmp_path / "shards"), max_steps=4)
+    train(recipe, tmp_path / "whole")
+    taken: list[int] = []
+    read = ShardConversations.__getitem__
+
+    def end_at_the_third(self: ShardConversations, number: int) -> Any:
+        taken.append(number)
+        if len(taken) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return read(self, number)
+
+    monkeypatch.setattr(ShardConversations, "__getitem__", end_at_the_third)
+    with pytest.raises(StoppedError, match="checkpoint-2 is saved"):
+        train(recipe, tmp_path / "parts")
+    assert len(set(taken)) == 4
+    train(recipe, tmp_path / "parts")
+    assert sorted(taken[:6]) == list(range(6))  # an epoch, then the next, and nothing read that is not used
+    assert len(taken) == 8
+    ours, theirs = ([entry["loss"] for entry in history(tmp_path / name)] for name in ("whole", "parts"))
+    assert ours == theirs
+
+
+def test_processes_share_shards(base: Path, tmp_path: Path) -> None:
+    samples = [Sample(str(n), ((f"Is it {n}?", "Yes."),), (), f"test:{n}") for n in range(7)]
+    write_shards(samples, tmp_path, size_limit=600)
+    shards = ShardDataset(tmp_path, shuffle_seed=3)
+    epochs = []
+    for epoch in range(2):
+        ranks = [ShardSampler(shards, 1, 2, rank) for rank in range(2)]
+        ranks[0].set_epoch(epoch)
+        first, second = (list(rank) for rank in ranks)
+        assert [len(rank) for rank in ranks] == [3, 3]
+        assert len({*first, *second}) == 6
+        assert [n for pair in zip(first, second, strict=True) for n in pair] == shards.order()[:6].tolist()
+        epochs.append(first)
+    assert epochs[0] != epochs[1]
 
 
 def test_data_has_to_be_named(base: Path, tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ class ShardDataset(IterableDataset[ShardSample]):
         if self.taken > int(self._ends[-1]) - self.world:
             self.epoch, self.taken = self.epoch + 1, 0
         start = self.taken
-        mine = self._order()[start:][self.rank :: self.world][: (int(self._ends[-1]) - start) // self.world]
+        mine = self.order()[start:][self.rank :: self.world][: (int(self._ends[-1]) - start) // self.world]
         worker = get_worker_info()
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         for place, sample in enumerate(mine.tolist()):
@@ -157,7 +157,7 @@ class ShardDataset(IterableDataset[ShardSample]):
         what = f"{self.files.local / shard.file} sample {inside}"
         return {c.name: decode(c.encoding, row[c.name], f"{what} {c.name}") for c in shard.columns}, what
 
-    def _order(self) -> np.ndarray:
+    def order(self) -> np.ndarray:
         """Numbers of all samples, in this epoch's order."""
         total = int(self._ends[-1])
         if self.shuffle_seed is None:

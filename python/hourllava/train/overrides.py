@@ -23,7 +23,7 @@ CHOICES = {
 FREE = {"workers", "save_steps", "keep", "report_to", "parallel"}
 _TRUE, _FALSE = ("true", "yes", "1"), ("false", "no", "0")
 
-Any_ = TypeVar("Any_", bound=Recipe | Training)
+Kind = TypeVar("Kind", bound=Recipe | Training)
 
 
 def find_recipe(name: str) -> Recipe | Training:
@@ -38,7 +38,7 @@ def find_recipe(name: str) -> Recipe | Training:
     return RECIPES[name]()
 
 
-def change(recipe: Any_, changes: dict[str, str]) -> Any_:
+def change(recipe: Kind, changes: dict[str, str]) -> Kind:
     """The recipe with other values in some of its fields.
 
     Args:

@@ -96,7 +96,8 @@ class Training:
     name: str
     model: str  # what it starts from: a directory, or a repository of the hub
     trains: tuple[str, ...]  # names of PARTS
-    data: str = ""  # a manifest, or a YAML that mixes some
+    data: str = ""  # a manifest, a YAML that mixes some, or shards: their folder or address
+    shard_cache: float = 0.0  # GiB that are kept of shards from elsewhere; 0 keeps all
     learning_rate: float = 2e-5  # of the decoder, the embeddings and the newline token
     tower_rate: float = 5e-6
     projector_rate: float = 1e-4
@@ -104,7 +105,7 @@ class Training:
     batch_size: int = 128  # samples of an optimizer step, over all processes
     batch_per_device: int = 1  # of them, those that a process takes at a time; the rest are accumulated
     batching: str = "random"  # "per_stream": every batch over all processes comes from one stream of the data
-    group_by_modality: bool = True  # and so does every batch hold one modality; lengths are grouped either way
+    group_by_modality: bool = True  # batches hold one modality; lengths are grouped either way, shards neither
     epochs: float = 1.0
     max_steps: int = 0  # optimizer steps, whatever the epochs; 0: as many as the epochs have
     warmup_ratio: float = 0.03

@@ -36,6 +36,7 @@ from hourllava.train.processes import (
 from hourllava.train.recipes import Training
 from hourllava.train.report import Meter
 from hourllava.train.resume import PART, commit, failed_save
+from hourllava.train.streams import ShardConversations, ShardSampler
 
 TRAINED = "trained.safetensors"  # with LoRA: adapters and the other parts that learn
 _SEEDS = 1 << 40  # forgetting seeds of a run, one for each batch of each process
@@ -57,7 +58,7 @@ class Conversations(Protocol):
 class _Told(Dataset):
     """Samples, or the error that one of them is: raised in a loading process it would lose what it says."""
 
-    def __init__(self, data: Conversations) -> None:
+    def __init__(self, data: Conversations | ShardConversations) -> None:
         self.data = data
 
     def __len__(self) -> int:
@@ -78,7 +79,7 @@ def _collate(collate: Callable[[Sequence[Any]], dict[str, Any]], items: Sequence
 class Epochs(TrainerCallback):
     """Tells the sampler which epoch begins."""
 
-    def __init__(self, sampler: GroupedSampler) -> None:
+    def __init__(self, sampler: GroupedSampler | ShardSampler) -> None:
         self.sampler = sampler
 
     def on_epoch_begin(
@@ -99,11 +100,11 @@ class VideoTrainer(Trainer):
         model: HourLlavaForConditionalGeneration,
         recipe: Training,
         args: TrainingArguments,
-        data: Conversations,
+        data: Conversations | ShardConversations,
         collate: Callable[[Sequence[Any]], dict[str, Any]],
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        self.recipe, self.network, self.data, self.collate = recipe, model, data, collate
+        self.recipe, self.network, self.samples = recipe, model, data
         self.memory_group = memory_group(recipe)
         self.taken = (0, 0)  # optimizer steps that are done, and batches that this process has taken since
         self.meter = Meter(args.device, 1 / recipe.memory_parallel)
@@ -114,30 +115,33 @@ class VideoTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """This process' batches, in an order that every process can tell from the seed and the epoch."""
-        recipe, data = self.recipe, self.data
+        recipe, data = self.recipe, self.samples
         groups, group = (n // recipe.memory_parallel for n in (process_count(), process_rank()))
-        modalities = data.modalities if recipe.group_by_modality else None
-        sampler = GroupedSampler(
-            data.lengths,
-            modalities,
-            recipe.batch_per_device,
-            groups,
-            group,
-            recipe.seed,
-            data.streams,
-            recipe.batching,  # type: ignore[arg-type]
-        )
+        sampler: GroupedSampler | ShardSampler
+        if isinstance(data, ShardConversations):
+            sampler = ShardSampler(data.shards, recipe.batch_per_device, groups, group)
+        else:
+            sampler = GroupedSampler(
+                data.lengths,
+                data.modalities if recipe.group_by_modality else None,
+                recipe.batch_per_device,
+                groups,
+                group,
+                recipe.seed,
+                data.streams,
+                recipe.batching,  # type: ignore[arg-type]
+            )
         self.add_callback(Epochs(sampler))
         return DataLoader(
             _Told(data),
             batch_sampler=BatchSampler(sampler, recipe.batch_per_device, drop_last=True),
-            collate_fn=partial(_collate, self.collate),
+            collate_fn=partial(_collate, self.data_collator),  # type: ignore[arg-type]
             num_workers=recipe.workers,
             pin_memory=self.args.device.type == "cuda",
         )
 
-    def compute_loss(  # type: ignore[override]
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of a batch; every process runs the tower as often as the one with the most to see."""
         if "error" in inputs:

@@ -20,7 +20,9 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from hourllava.data.collator import Collator
 from hourllava.data.dataset import ConversationDataset
 from hourllava.data.failures import FailureLog
+from hourllava.data.mds import INDEX
 from hourllava.data.mixture import load_mixture
+from hourllava.data.shards import ShardDataset
 from hourllava.errors import RecipeError
 from hourllava.model import HourLlavaForConditionalGeneration
 from hourllava.model.checkpoint import own_report
@@ -31,17 +33,23 @@ from hourllava.train.processes import deepspeed_config, join_processes, process_
 from hourllava.train.recipes import Training
 from hourllava.train.report import Bar, Picture
 from hourllava.train.resume import SaveBeforeEnd, checkpoints, clear, load_trained, on_sigterm
+from hourllava.train.streams import ShardConversations
 from hourllava.train.trainer import TRAINED, Conversations, VideoTrainer
 
 Collate = Callable[[Sequence[Any]], dict[str, Any]]
-_FINAL_PART = ".model.part"
+_FINAL_PART, _SHARDS = ".model.part", "shards"
 
 
 class StoppedError(RecipeError):
     """A run was asked to end, and has saved."""
 
 
-def train(recipe: Training, out_dir: Path, data: Conversations | None = None, collate: Collate | None = None) -> Path:
+def train(
+    recipe: Training,
+    out_dir: Path,
+    data: Conversations | ShardConversations | None = None,
+    collate: Collate | None = None,
+) -> Path:
     """Train by a recipe into ``out_dir``; a run that was begun there goes on, one that is through is left as it is.
 
     Every process that a launcher such as torchrun has started calls it.
@@ -123,7 +131,7 @@ def load_model(recipe: Training, checkpoint: Path | None = None) -> HourLlavaFor
 
 def load_data(
     recipe: Training, model: HourLlavaForConditionalGeneration, out_dir: Path
-) -> tuple[ConversationDataset, Collator]:
+) -> tuple[ConversationDataset | ShardConversations, Collator]:
     """What `recipe.data` names, and how its samples become batches.
 
     Raises:
@@ -132,11 +140,28 @@ def load_data(
     """
     if not recipe.data:
         raise RecipeError("--data", "it names nothing to train on", "give a manifest (JSON, JSONL, parquet) or a YAML")
+    if "://" in recipe.data or (Path(recipe.data) / INDEX).exists():
+        return load_shards(recipe, model, out_dir)
     failures = FailureLog(out_dir / f"failures-{process_rank()}.jsonl")
     samples = load_mixture(recipe.data, recipe.seed, failures)
     most = recipe.max_frames or None
     dataset = ConversationDataset(samples, model.tokenizer, model.config, failures, max_frames=most)
     return dataset, Collator(model.tokenizer)
+
+
+def load_shards(
+    recipe: Training, model: HourLlavaForConditionalGeneration, out_dir: Path
+) -> tuple[ShardConversations, Collator]:
+    """The shards in the folder, or at the address, that `recipe.data` names.
+
+    Raises:
+        DataError: there are none, or they are damaged.
+    """
+    local, remote = (out_dir / _SHARDS, recipe.data) if "://" in recipe.data else (Path(recipe.data), None)
+    limit = int(recipe.shard_cache * 2**30) or None
+    shards = ShardDataset(local, remote, limit, recipe.seed)
+    conversations = ConversationDataset([], model.tokenizer, model.config, max_frames=recipe.max_frames or None)
+    return ShardConversations(shards, conversations), Collator(model.tokenizer)
 
 
 def training_arguments(recipe: Training, out_dir: Path, accumulation: int) -> TrainingArguments:
@@ -218,7 +243,7 @@ def _check_packages(recipe: Training) -> None:
             raise RecipeError(flag, f"{name} is not installed", f"pip install {name}, or choose another")
 
 
-def _tell_failures(data: Conversations) -> None:
+def _tell_failures(data: Conversations | ShardConversations) -> None:
     """Show which samples were left out, if any were."""
     if isinstance(data, ConversationDataset) and data.failures is not None:
         summary = data.failures.summary()
