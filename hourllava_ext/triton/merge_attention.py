@@ -53,7 +53,7 @@ def _merge(out, lse, merged, merged_lse, parts, tokens, heads, width, BLOCK_R: t
 
 @triton.jit
 def _joint(lse, place, exists, parts, count, BLOCK_R: tl.constexpr):
-    """Log-sum-exp over the parts, 0 instead of minus infinity."""
+    """The largest log-sum-exp of the parts, and the sum of the exponentials of their distances to it."""
     largest = tl.full((BLOCK_R,), -float("inf"), tl.float32)
     for s in range(parts):
         largest = tl.maximum(largest, tl.load(lse + s * count + place, mask=exists, other=-float("inf")))
@@ -61,7 +61,7 @@ def _joint(lse, place, exists, parts, count, BLOCK_R: tl.constexpr):
     total = tl.zeros((BLOCK_R,), tl.float32)
     for s in range(parts):
         total += tl.exp(tl.load(lse + s * count + place, mask=exists, other=-float("inf")) - shift)
-    return shift + tl.log(tl.where(total == 0, 1.0, total))
+    return shift, tl.where(total == 0, 1.0, total)
 
 
 @triton.jit
@@ -73,19 +73,19 @@ def _merge_backward(
     dim = tl.arange(0, BLOCK_D)
     inside = exists[:, None] & (dim < width)[None, :]
     count = tl.cast(tokens, tl.int64) * heads
-    joint = _joint(lse, place, exists, parts, count, BLOCK_R)
+    largest, total = _joint(lse, place, exists, parts, count, BLOCK_R)
     within = (row * width)[:, None] + dim[None, :]
     grad = tl.load(grad_merged + within, mask=inside, other=0.0).to(tl.float32)
     lse_grad = tl.load(grad_merged_lse + place, mask=exists, other=0.0)
     mean = tl.zeros((BLOCK_R,), tl.float32)
     for s in range(parts):
-        share = tl.exp(tl.load(lse + s * count + place, mask=exists, other=-float("inf")) - joint)
+        share = tl.exp(tl.load(lse + s * count + place, mask=exists, other=-float("inf")) - largest) / total
         at = s * count * width + within
         x = tl.load(out + at, mask=inside & (share != 0)[:, None], other=0.0).to(tl.float32)
         mean += share * tl.sum(grad * x, 1)
         tl.store(grad_out + at, (share[:, None] * grad).to(grad_out.dtype.element_ty), mask=inside)
     for s in range(parts):
-        share = tl.exp(tl.load(lse + s * count + place, mask=exists, other=-float("inf")) - joint)
+        share = tl.exp(tl.load(lse + s * count + place, mask=exists, other=-float("inf")) - largest) / total
         x = tl.load(out + s * count * width + within, mask=inside & (share != 0)[:, None], other=0.0).to(tl.float32)
         tl.store(grad_lse + s * count + place, share * (tl.sum(grad * x, 1) - mean + lse_grad), mask=exists)
 

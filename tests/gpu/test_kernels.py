@@ -205,9 +205,10 @@ def retrieval(tokens, pages, heads, width, count, page_size, dtype) -> list[Tens
 
 
 def test_retrieve_ties_go_to_the_lower_page(device: str) -> None:
-    *args, summary, table, lengths = retrieval((5, 9), (12, 7), (2, 1), 16, 4, 8, torch.float32)
-    same = summary[:1].expand_as(summary)
-    shorter = on(device, hourllava_ext.retrieve)(*args, same, table, torch.full_like(lengths, 7), 3)
+    query, *args, summary, table, lengths = retrieval((5, 9), (12, 7), (2, 1), 16, 4, 8, torch.float32)
+    # A query of zeros weighs all pages alike, to the bit, in whatever order a product is summed.
+    nothing = torch.zeros_like(query)
+    shorter = on(device, hourllava_ext.retrieve)(nothing, *args, summary, table, torch.full_like(lengths, 7), 3)
     for row, best in zip(table, shorter, strict=True):
         assert best.tolist() == row[row >= 0].sort().values[:3].tolist()
 
