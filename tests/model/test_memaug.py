@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hourllava.memory.pages import join_layouts, video_layout
 from hourllava.model import tiny_config
-from hourllava.model.memaug import MemAug, MemoryUse, rotary_frequencies
+from hourllava.model.memaug import MemAug, MemoryUse, PageBudget, rotary_frequencies
 from hourllava.model.stream import QueryStream
 
 
@@ -146,7 +146,8 @@ def test_nothing_waits_for_the_device(budget, evidence):
     """Tensors without data go through: what would make the host read one, or a shape depend on one, is an error."""
     memaug, queries, stream, tokens, layout = make_case((7, 4), (5, 3))
     pages = memaug.write(tokens, layout)
-    use = MemoryUse(budget_pages=budget, mass_weight=torch.rand(len(queries)) if evidence else None)
+    pages_read = PageBudget(budget) if budget else None
+    use = MemoryUse(budget=pages_read, mass_weight=torch.rand(len(queries)) if evidence else None)
     expected = memaug(queries, stream, pages, use)
     mode = FakeTensorMode()
 
