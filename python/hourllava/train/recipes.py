@@ -4,6 +4,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from hourllava.data.film import FILM_SIZE
 from hourllava.errors import RecipeError
 
 PARTS = {
@@ -72,6 +73,7 @@ def tiny() -> Recipe:
             Stage("s1", ("vision_resampler",), (Lesson(1, 200, 64),), learning_rate=2e-3),
             Stage("s2", tuple(PARTS), clips, grounding=1.0),
             *_long_videos(),
+            *_films_from_files(),
         ),
     )
 
@@ -86,6 +88,19 @@ def _long_videos() -> tuple[Stage, ...]:
         Stage("s3", parts, first, 7e-4, warmup_steps=20, grounding=0.1),
         Stage("s3-second", parts, second, 7e-4, 20, grounding=0.3, event_weight=4),
         Stage("s3-third", parts, third, 7e-4, 20, grounding=0.3, event_weight=4),
+    )
+
+
+def _films_from_files() -> tuple[Stage, ...]:
+    """Pictures as files give them, drawn larger and resized: the tower learns to read them, then long videos again."""
+    parts = ("mm_projector", "vision_resampler", "language_model")
+    clips = (Lesson(16, 250, 48),)
+    films = (Lesson(32, 60, 32), Lesson(128, 60, 12), Lesson(512, 50, 5), Lesson(1800, 25, 2))
+    last = (Lesson(32, 80, 32), Lesson(128, 50, 12), Lesson(512, 35, 5), Lesson(1800, 15, 2))
+    return (
+        Stage("s2-files", tuple(PARTS), clips, 1e-3, 20, True, 1.0, 2, film_size=FILM_SIZE, tower_rate=0.1),
+        Stage("s3-files", parts, films, 7e-4, 20, grounding=0.3, event_weight=2, film_size=FILM_SIZE),
+        Stage("s3-last", parts, last, 5e-4, 15, grounding=0.2, film_size=FILM_SIZE),
     )
 
 
