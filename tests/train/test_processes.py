@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from many_processes import shared_batch
-from tiny_model import make_model
 from tools import assert_error_rule
 from training_data import KINDS, Toy, collate, make_recipe
 
@@ -32,13 +31,6 @@ def launch(base: Path, out: Path, cases: tuple[str, ...], switches: tuple[str, .
     command += [str(TESTS / "many_processes.py"), str(base), str(out), *cases]
     done = subprocess.run(command, capture_output=True, timeout=1500, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    make_model(min_frames=1).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -63,13 +63,6 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    make_model(min_frames=1).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of STEPS steps that nothing interrupts."""
     return train(make_recipe(base), tmp_path_factory.mktemp("whole"), Toy(12), collate)

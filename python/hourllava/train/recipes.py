@@ -98,7 +98,17 @@ def _films_from_files() -> tuple[Stage, ...]:
     films = (Lesson(32, 60, 32), Lesson(128, 60, 12), Lesson(512, 50, 5), Lesson(1800, 25, 2))
     last = (Lesson(32, 80, 32), Lesson(128, 50, 12), Lesson(512, 35, 5), Lesson(1800, 15, 2))
     return (
-        Stage("s2-files", tuple(PARTS), clips, 1e-3, 20, True, 1.0, 2, film_size=FILM_SIZE, tower_rate=0.1),
+        Stage(
+            "s2-files",
+            tuple(PARTS),
+            clips,
+            1e-3,
+            20,
+            grounding=1.0,
+            event_weight=2,
+            film_size=FILM_SIZE,
+            tower_rate=0.1,
+        ),
         Stage("s3-files", parts, films, 7e-4, 20, grounding=0.3, event_weight=2, film_size=FILM_SIZE),
         Stage("s3-last", parts, last, 5e-4, 15, grounding=0.2, film_size=FILM_SIZE),
     )
