@@ -188,7 +188,8 @@ struct PageWriteParams {
     const int64_t* position_ids;   // (M,)
     const int64_t* slots;          // (M,), page * S + row, no two alike
     const float* inv_freq;         // (F,), 2F <= D
-    const int64_t* touched;        // pages that hold a slot; null on a GPU
+    const int64_t* touched;        // (touched_pages,), those that get a row; null on a GPU, as is the next
+    const int64_t* incoming;       // (touched_pages, S): the token that each row gets, -1 for none
     T* key_pages;                  // (P, Hkv, S, D)
     T* value_pages;                // (P, Hkv, S, D)
     accumulate_t<T>* key_summary;  // (P, Hkv, 3, D): mean, minimum, maximum
@@ -207,11 +208,6 @@ void page_write_cpu(const PageWriteParams<float>&);
 void page_write_cpu(const PageWriteParams<double>&);
 void page_write_cpu(const PageWriteParams<float16>&);
 void page_write_cpu(const PageWriteParams<bfloat16>&);
-// After page_write_cpu: the summaries of the touched pages.
-void page_write_summary_cpu(const PageWriteParams<float>&);
-void page_write_summary_cpu(const PageWriteParams<double>&);
-void page_write_summary_cpu(const PageWriteParams<float16>&);
-void page_write_summary_cpu(const PageWriteParams<bfloat16>&);
 // Raises the lengths, and writes rows and summaries together. `scratch`: as many int64 as page_write_cuda_scratch says.
 template <class T>
 void page_write_cuda(const PageWriteParams<T>&, int64_t* scratch, Stream);

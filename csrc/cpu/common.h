@@ -11,14 +11,14 @@
 
 #define FOR_EACH_DTYPE(X) X(float) X(double) X(float16) X(bfloat16)
 
-// Defines the launcher `name(const Params<T>&)` for the four dtypes. `body<T>(params, first, last)` computes the tasks
-// [first, last) of `tasks` in all; each task owns its outputs, so the thread count cannot change a result. `work` is
-// the number of elements one task touches. Both are expressions of the parameters `p`.
+// Defines the launcher `name(const Params<T>&)` for the four dtypes. `body<Tile, T>(params, first, last)` computes the
+// tasks [first, last) of `tasks` in all; each task owns its outputs, so the thread count cannot change a result. `work`
+// is the number of elements one task touches. Both are expressions of the parameters `p`.
 #define CPU_KERNEL(name, Params, body, tasks, work)                                                                \
     struct name##_body {                                                                                           \
         template <class Tile, class T>                                                                             \
         ALWAYS_INLINE static void run(const Params<T>& p, int64_t first, int64_t last) {                           \
-            body<T>(p, first, last);                                                                               \
+            body<Tile, T>(p, first, last);                                                                         \
         }                                                                                                          \
     };                                                                                                             \
     template <class T>                                                                                             \
@@ -47,6 +47,24 @@ ALWAYS_INLINE F widen_float16(U bits) {
     return __builtin_bit_cast(F, value | (bits & 0x8000u) << 16);
 }
 
+// The bits of floats as those of float16 and bfloat16. Both round to nearest even; a NaN stays a NaN instead of being
+// rounded up to infinity.
+template <class F, class U>
+ALWAYS_INLINE U narrow_float16(U bits) {
+    const U magnitude = bits & 0x7fffffffu;
+    const U normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    // Adding a half rounds to its last place, the unit of subnormals.
+    const U small = __builtin_bit_cast(U, __builtin_bit_cast(F, magnitude) + 0.5f) - 0x3f000000u;
+    const U special = magnitude > 0x7f800000u ? U{} + 0x7e00u : U{} + 0x7c00u;
+    const U rounded = magnitude < 0x38800000u ? small : magnitude < 0x47800000u ? normal : special;
+    return rounded | ((bits >> 16) & 0x8000u);
+}
+template <class U>
+ALWAYS_INLINE U narrow_bfloat16(U bits) {
+    const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, quiet = (bits >> 16) | 0x40u;
+    return (bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
+}
+
 template <class T>
 ALWAYS_INLINE accumulate_t<T> load(T value) {
     return value;
@@ -64,23 +82,13 @@ template <class T>
 ALWAYS_INLINE T store(accumulate_t<T> value) {
     return value;
 }
-// Both round to nearest even; a NaN stays a NaN instead of being rounded up to infinity.
 template <>
 ALWAYS_INLINE float16 store(float value) {
-    const uint32_t bits = std::bit_cast<uint32_t>(value), magnitude = bits & 0x7fffffffu;
-    const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-    // Adding a half rounds to its last place, the unit of subnormals.
-    const uint32_t small = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
-    const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-    const uint32_t rounded = magnitude < 0x38800000u ? small : magnitude < 0x47800000u ? normal : special;
-    return {static_cast<uint16_t>(rounded | ((bits >> 16) & 0x8000u))};
+    return {static_cast<uint16_t>(narrow_float16<float>(std::bit_cast<uint32_t>(value)))};
 }
 template <>
 ALWAYS_INLINE bfloat16 store(float value) {
-    const uint32_t bits = std::bit_cast<uint32_t>(value);
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const uint32_t quiet = (bits >> 16) | 0x40u;
-    return {static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded)};
+    return {static_cast<uint16_t>(narrow_bfloat16(std::bit_cast<uint32_t>(value)))};
 }
 
 // Sum of products in a fixed order, 16 running sums wide: vectorised, and the same for every instruction set up to

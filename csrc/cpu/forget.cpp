@@ -2,11 +2,11 @@
 // Copies the kept rows; the backward finds, for each token, the rows it became, so no two tasks add to one place.
 #include <vector>
 
-#include "cpu/common.h"
+#include "cpu/vectors.h"
 
 namespace hourllava_ext {
 
-template <class T>
+template <class Tile, class T>
 ALWAYS_INLINE void forget_frames(const ForgetParams<T>& p, int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
         const int64_t frame = p.frames[i];
@@ -15,10 +15,10 @@ ALWAYS_INLINE void forget_frames(const ForgetParams<T>& p, int64_t first, int64_
         for (int64_t j = 0; j < p.kept_patches; ++j) {
             const int64_t patch = p.patches[i * p.kept_patches + j];
             const T* token = p.tokens + (frame * p.per_frame + patch) * p.width;
-            std::copy(token, token + p.width, kept + j * p.width);
+            copy_row<Tile>(token, kept + j * p.width, p.width);
             position_ids[j] = frame * (p.per_frame + 1) + patch;
         }
-        std::copy(p.newline, p.newline + p.width, kept + p.kept_patches * p.width);
+        copy_row<Tile>(p.newline, kept + p.kept_patches * p.width, p.width);
         position_ids[p.kept_patches] = frame * (p.per_frame + 1) + p.per_frame;
     }
 }
@@ -49,24 +49,37 @@ static KeptRows kept_rows(const ForgetBackwardParams<T>& p) {
 }
 
 template <class T>
-static void sum_rows(const ForgetBackwardParams<T>& p, const KeptRows& kept, int64_t first, int64_t last) {
-    std::vector<accumulate_t<T>> sum(p.width);
+struct TokenSums {
+    const ForgetBackwardParams<T>& p;
+    const KeptRows& kept;
+};
+
+template <class Tile, class T>
+ALWAYS_INLINE void sum_rows(const TokenSums<T>& work, int64_t first, int64_t last) {
+    using A = accumulate_t<T>;
+    const ForgetBackwardParams<T>& p = work.p;
+    const Scratch<A> sum(p.width);
     for (int64_t r = first; r < last; ++r) {
         T* out = p.grad_tokens + r * p.width;
-        const int64_t begin = kept.starts[r], end = kept.starts[r + 1];
-        if (end - begin == 1) {
-            const T* row = p.grad + kept.rows[begin] * p.width;
-            std::copy(row, row + p.width, out);
+        const int64_t begin = work.kept.starts[r], end = work.kept.starts[r + 1];
+        if (begin == end) {
+            std::memset(static_cast<void*>(out), 0, p.width * sizeof(T));
             continue;
         }
-        std::fill(sum.begin(), sum.end(), 0);
-        for (int64_t k = begin; k < end; ++k) {
-            const T* row = p.grad + kept.rows[k] * p.width;
-            for (int64_t c = 0; c < p.width; ++c) sum[c] += load<T>(row[c]);
+        const int64_t* rows = work.kept.rows.data();
+        if (end - begin == 1) {
+            copy_row<Tile>(p.grad + rows[begin] * p.width, out, p.width);
+            continue;
         }
-        for (int64_t c = 0; c < p.width; ++c) out[c] = store<T>(sum[c]);
+        std::fill(sum.get(), sum.get() + p.width, A{0});
+        for (int64_t k = begin; k < end; ++k) {
+            const T* row = p.grad + rows[k] * p.width;
+            for (int64_t c = 0; c < p.width; ++c) sum.get()[c] += load<T>(row[c]);
+        }
+        for (int64_t c = 0; c < p.width; ++c) out[c] = store<T>(sum.get()[c]);
     }
 }
+CPU_KERNEL(sum_rows_cpu, TokenSums, sum_rows, p.p.total_frames* p.p.per_frame, p.p.width)
 
 // Every kept frame adds to the one newline: hundreds of terms, so they are summed in double.
 template <class T>
@@ -82,8 +95,7 @@ static void sum_newlines(const ForgetBackwardParams<T>& p, int64_t first, int64_
 template <class T>
 static void forget_backward(const ForgetBackwardParams<T>& p) {
     const KeptRows kept = kept_rows(p);
-    parallel_for(0, p.total_frames * p.per_frame, grain_of(p.width),
-                 [&](int64_t b, int64_t e) { sum_rows(p, kept, b, e); });
+    sum_rows_cpu(TokenSums<T>{p, kept});
     parallel_for(0, p.width, grain_of(p.kept_frames), [&](int64_t b, int64_t e) { sum_newlines(p, b, e); });
 }
 

@@ -4,7 +4,7 @@
 
 namespace hourllava_ext {
 
-template <class T>
+template <class Tile, class T>
 ALWAYS_INLINE void norm_frames(const KeyframeScoreParams<T>& p, int64_t first, int64_t last) {
     using A = accumulate_t<T>;
     for (int64_t t = first; t < last; ++t) {
@@ -14,7 +14,7 @@ ALWAYS_INLINE void norm_frames(const KeyframeScoreParams<T>& p, int64_t first, i
     }
 }
 
-template <class T>
+template <class Tile, class T>
 ALWAYS_INLINE void score_frames(const KeyframeScoreParams<T>& p, int64_t first, int64_t last) {
     using A = accumulate_t<T>;
     for (int64_t t = first; t < last; ++t) {

@@ -19,7 +19,7 @@ ALWAYS_INLINE A shares_of(const A* lse, int64_t parts, int64_t stride, A* share)
     return shift + std::log(sum);
 }
 
-template <class T>
+template <class Tile, class T>
 ALWAYS_INLINE void merge_tokens(const MergeAttentionParams<T>& p, int64_t first, int64_t last) {
     using A = accumulate_t<T>;
     std::vector<A> share(p.parts), sum(p.width);
@@ -40,7 +40,7 @@ ALWAYS_INLINE void merge_tokens(const MergeAttentionParams<T>& p, int64_t first,
     }
 }
 
-template <class T>
+template <class Tile, class T>
 ALWAYS_INLINE void merge_tokens_backward(const MergeAttentionBackwardParams<T>& p, int64_t first, int64_t last) {
     using A = accumulate_t<T>;
     std::vector<A> share(p.parts), product(p.parts);

@@ -2,7 +2,7 @@
 // Four taps a pooled cell; the backward gathers the cells that touched a patch, so no two tasks add to one place.
 #include <vector>
 
-#include "cpu/common.h"
+#include "cpu/vectors.h"
 
 namespace hourllava_ext {
 
@@ -23,7 +23,29 @@ static std::vector<Tap> taps_of(int64_t side, int64_t grid) {
     return taps;
 }
 
+// Four patches (width,) and their weights.
 template <class T>
+struct Cell {
+    const T* taps[4];
+    accumulate_t<T> weights[4];
+};
+
+template <class Tile, class T>
+ALWAYS_INLINE void pool_cell(const Cell<T>& cell, int64_t width, T* out) {
+    constexpr int L = kLanes<Tile, accumulate_t<T>>;
+    const auto [a, b, c, d] = cell.taps;
+    const auto [wa, wb, wc, wd] = cell.weights;
+    int64_t i = 0;
+    for (; i + L <= width; i += L) {
+        store_vector(out + i, narrow<T>(load_lanes<Tile>(a + i) * wa + load_lanes<Tile>(b + i) * wb +
+                                        load_lanes<Tile>(c + i) * wc + load_lanes<Tile>(d + i) * wd));
+    }
+    for (; i < width; ++i) {
+        out[i] = store<T>(wa * load<T>(a[i]) + wb * load<T>(b[i]) + wc * load<T>(c[i]) + wd * load<T>(d[i]));
+    }
+}
+
+template <class Tile, class T>
 ALWAYS_INLINE void pool_frames(const PoolGridParams<T>& p, int64_t first, int64_t last) {
     using A = accumulate_t<T>;
     const std::vector<Tap> taps = taps_of(p.side, p.grid);
@@ -31,17 +53,14 @@ ALWAYS_INLINE void pool_frames(const PoolGridParams<T>& p, int64_t first, int64_
         const T* frame = p.patches + t * p.side * p.side * p.width;
         T* out = p.out + t * p.grid * p.grid * p.width;
         for (const Tap& y : taps) {
+            const T *upper = frame + y.low * p.side * p.width, *lower = frame + y.high * p.side * p.width;
             for (const Tap& x : taps) {
-                const T* a = frame + (y.low * p.side + x.low) * p.width;
-                const T* b = frame + (y.low * p.side + x.high) * p.width;
-                const T* c = frame + (y.high * p.side + x.low) * p.width;
-                const T* d = frame + (y.high * p.side + x.high) * p.width;
-                const A wa = (1 - y.high_weight) * (1 - x.high_weight), wb = (1 - y.high_weight) * x.high_weight;
-                const A wc = y.high_weight * (1 - x.high_weight), wd = y.high_weight * x.high_weight;
-                for (int64_t i = 0; i < p.width; ++i) {
-                    out[i] =
-                        store<T>(wa * load<T>(a[i]) + wb * load<T>(b[i]) + wc * load<T>(c[i]) + wd * load<T>(d[i]));
-                }
+                const double u = 1 - y.high_weight, l = 1 - x.high_weight;
+                const Cell<T> cell{
+                    {upper + x.low * p.width, upper + x.high * p.width, lower + x.low * p.width,
+                     lower + x.high * p.width},
+                    {A(u * l), A(u * x.high_weight), A(y.high_weight * l), A(y.high_weight * x.high_weight)}};
+                pool_cell<Tile>(cell, p.width, out);
                 out += p.width;
             }
         }
@@ -64,25 +83,36 @@ static std::vector<std::vector<Reader>> readers_of(int64_t side, int64_t grid) {
     return readers;
 }
 
-template <class T>
+template <class Tile, class T>
 ALWAYS_INLINE void pool_frames_backward(const PoolGridBackwardParams<T>& p, int64_t first, int64_t last) {
     using A = accumulate_t<T>;
     const std::vector<std::vector<Reader>> readers = readers_of(p.side, p.grid);
-    std::vector<A> sum(p.width);
+    const Scratch<A> sum(p.width);
     for (int64_t t = first; t < last; ++t) {
         const T* grad = p.grad + t * p.grid * p.grid * p.width;
         T* out = p.grad_patches + t * p.side * p.side * p.width;
         for (const auto& rows : readers) {
             for (const auto& columns : readers) {
-                std::fill(sum.begin(), sum.end(), A(0));
+                if (rows.empty() || columns.empty()) {
+                    std::memset(static_cast<void*>(out), 0, p.width * sizeof(T));
+                    out += p.width;
+                    continue;
+                }
+                if (rows.size() == 1 && columns.size() == 1) {
+                    const T* cell = grad + (rows[0].cell * p.grid + columns[0].cell) * p.width;
+                    scale_row<Tile>(cell, out, p.width, A(rows[0].weight * columns[0].weight));
+                    out += p.width;
+                    continue;
+                }
+                std::fill(sum.get(), sum.get() + p.width, A{0});
                 for (const Reader& y : rows) {
                     for (const Reader& x : columns) {
                         const T* cell = grad + (y.cell * p.grid + x.cell) * p.width;
                         const A weight = y.weight * x.weight;
-                        for (int64_t i = 0; i < p.width; ++i) sum[i] += weight * load<T>(cell[i]);
+                        for (int64_t i = 0; i < p.width; ++i) sum.get()[i] += weight * load<T>(cell[i]);
                     }
                 }
-                for (int64_t i = 0; i < p.width; ++i) out[i] = store<T>(sum[i]);
+                for (int64_t i = 0; i < p.width; ++i) out[i] = store<T>(sum.get()[i]);
                 out += p.width;
             }
         }

@@ -1,19 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // Rotates each token's heads by one table of cosines and sines, computed once a token.
-#include <vector>
-
 #include "cpu/rotate.h"
 
 namespace hourllava_ext {
 
-template <class T>
+template <class Tile, class T>
 ALWAYS_INLINE void rope_tokens(const RopeParams<T>& p, int64_t first, int64_t last) {
-    std::vector<accumulate_t<T>> cosine(p.frequencies), sine(p.frequencies);
+    const Rotation<Tile, T> rotation{p.inv_freq, p.frequencies, p.inverse};
     for (int64_t m = first; m < last; ++m) {
-        rotation_table<T>(p.position_ids[m], p.inv_freq, p.frequencies, cosine.data(), sine.data());
+        rotation.turn_to(p.position_ids[m]);
         for (int64_t h = 0; h < p.heads; ++h) {
-            rotate_head(p.x + m * p.token_stride + h * p.head_stride, p.out + (m * p.heads + h) * p.width,
-                        p.frequencies, p.width, cosine.data(), sine.data(), p.inverse);
+            rotate_head(rotation, p.x + m * p.token_stride + h * p.head_stride, p.out + (m * p.heads + h) * p.width,
+                        p.width);
         }
     }
 }

@@ -103,6 +103,40 @@ ALWAYS_INLINE element_t<V> sum_of_lanes(V v) {
         return sum_of_lanes<V, Step / 2>(v);
 }
 
+// The conversions of vectors are assembly where the compiler would put the result together from narrower ones.
+#if defined(__x86_64__)
+#define CONVERT_VECTOR(instruction, result, v) asm(instruction " %1, %0" : "=v"(result) : "v"(v))
+#else
+#define CONVERT_VECTOR(instruction, result, v) __builtin_unreachable()
+#endif
+
+// Half of a vector of floats as doubles: the first if `From` is 0, the second if it is half the lanes.
+template <int From, class V, int... I>
+ALWAYS_INLINE auto as_doubles(V v, std::integer_sequence<int, I...>) {
+    using D = typename vector_types<double, sizeof(V)>::vector;
+    const auto half = __builtin_shufflevector(v, v, (I + From)...);
+    D wide;
+    if constexpr (sizeof(V) > 16)
+        CONVERT_VECTOR("vcvtps2pd", wide, half);
+    else
+        wide = __builtin_convertvector(half, D);
+    return wide;
+}
+template <bool Second, class V>
+ALWAYS_INLINE auto as_doubles(V v) {
+    constexpr int kHalf = sizeof(V) / sizeof(double);
+    return as_doubles<Second ? kHalf : 0>(v, std::make_integer_sequence<int, kHalf>{});
+}
+template <class D, int... I>
+ALWAYS_INLINE auto as_floats(D first, D second, std::integer_sequence<int, I...>) {
+    using half = typename vector_types<float, sizeof(D) / 2>::vector;
+    return __builtin_shufflevector(__builtin_convertvector(first, half), __builtin_convertvector(second, half), I...);
+}
+template <class D>
+ALWAYS_INLINE auto as_floats(D first, D second) {
+    return as_floats(first, second, std::make_integer_sequence<int, sizeof(D) / sizeof(float)>{});
+}
+
 // 2^x for x <= 0, exact zero below the normal range. Float: x = n + f, and 2^f by a minimax polynomial on [-1/2, 1/2]
 // with an error of 2e-9.
 template <class V>
@@ -169,23 +203,25 @@ ALWAYS_INLINE auto round_to_pairs(V first, V second) {
     return alternate_halves(halves, std::make_integer_sequence<int, kCount>{});
 }
 
-// A vector of stored values, converted.
+// Stored values as they lie in a register, converted.
 template <class Tile, class U>
 ALWAYS_INLINE auto widen(U stored, bfloat16) {
     using wide = typename vector_types<uint32_t, Tile::bytes>::vector;
-    return __builtin_bit_cast(vector_t<Tile, float>, __builtin_convertvector(stored, wide) << 16);
+    wide bits;
+    if constexpr (Tile::bytes > 16)
+        CONVERT_VECTOR("vpmovzxwd", bits, stored);
+    else
+        bits = __builtin_convertvector(stored, wide);
+    return __builtin_bit_cast(vector_t<Tile, float>, bits << 16);
 }
 template <class Tile, class U>
 ALWAYS_INLINE auto widen(U stored, float16) {
-    vector_t<Tile, float> v;
-#if defined(__x86_64__)
-    if constexpr (Tile::bytes > 16) {
-        asm("vcvtph2ps %1, %0" : "=v"(v) : "v"(stored));
-        return v;
-    }
-#endif
     using wide = typename vector_types<uint32_t, Tile::bytes>::vector;
-    v = widen_float16<vector_t<Tile, float>>(__builtin_convertvector(stored, wide));
+    vector_t<Tile, float> v;
+    if constexpr (Tile::bytes > 16)
+        CONVERT_VECTOR("vcvtph2ps", v, stored);
+    else
+        v = widen_float16<vector_t<Tile, float>>(__builtin_convertvector(stored, wide));
     return v;
 }
 
@@ -205,12 +241,109 @@ ALWAYS_INLINE vector_t<Tile, A> load_values(const T* p, int64_t count) {
     return v;
 }
 
+// A vector of stored values, and the same vector rounded and stored.
+template <class Tile, class T>
+ALWAYS_INLINE auto load_lanes(const T* p) {
+    return load_values<Tile>(p, kLanes<Tile, accumulate_t<T>>);
+}
+template <class T, class V>
+ALWAYS_INLINE auto narrow(V v) {
+    if constexpr (std::is_same_v<element_t<V>, T>) {
+        return v;
+    } else {
+        using U = typename vector_types<uint32_t, sizeof(V)>::vector;
+        typename vector_types<uint16_t, sizeof(V) / 2>::vector stored;
+        const U bits = __builtin_bit_cast(U, v);
+        if constexpr (std::is_same_v<T, float16> && sizeof(V) > 16)
+            CONVERT_VECTOR("vcvtps2ph $0,", stored, v);
+        else if constexpr (std::is_same_v<T, float16>)
+            stored = __builtin_convertvector(narrow_float16<V>(bits), decltype(stored));
+        else if constexpr (sizeof(V) > 32)
+            CONVERT_VECTOR("vpmovdw", stored, narrow_bfloat16(bits));
+        else
+            stored = __builtin_convertvector(narrow_bfloat16(bits), decltype(stored));
+        return stored;
+    }
+}
+
+// Lanes of a and of b in turn, from the first or from the second half of both.
 template <bool High, class V, int... I>
 ALWAYS_INLINE V interleave(V a, V b, std::integer_sequence<int, I...>) {
     constexpr int L = sizeof...(I);
     return __builtin_shufflevector(a, b, (I / 2 + (High ? L / 2 : 0) + (I % 2 ? L : 0))...);
 }
 
+// A line of stored values, widened: one vector, or for 16 bits two. Of bfloat16 they are the even and the odd values,
+// which is where these lie in a register; `in_order` says which values the two hold together.
+template <class Tile, class T>
+struct Line {
+    using V = vector_t<Tile, accumulate_t<T>>;
+    static constexpr int kParts = sizeof(T) == 2 ? 2 : 1;
+    static constexpr int kCount = kParts * kLanes<Tile, accumulate_t<T>>;
+    V parts[kParts];
+
+    ALWAYS_INLINE static Line load(const T* p) {
+        if constexpr (std::is_same_v<T, bfloat16>) {
+            const auto bits = __builtin_bit_cast(typename vector_types<uint32_t, Tile::bytes>::vector,
+                                                 load_vector<Tile>(reinterpret_cast<const uint16_t*>(p)));
+            return {{__builtin_bit_cast(V, bits << 16), __builtin_bit_cast(V, bits & 0xffff0000u)}};
+        } else if constexpr (kParts == 2) {
+            return {{load_lanes<Tile>(p), load_lanes<Tile>(p + kCount / 2)}};
+        } else {
+            return {{load_lanes<Tile>(p)}};
+        }
+    }
+    ALWAYS_INLINE static void store_in_order(const V (&parts)[kParts], accumulate_t<T>* out) {
+        constexpr auto lanes = std::make_integer_sequence<int, kLanes<Tile, accumulate_t<T>>>{};
+        if constexpr (std::is_same_v<T, bfloat16>) {
+            store_vector(out, interleave<false>(parts[0], parts[1], lanes));
+            store_vector(out + kCount / 2, interleave<true>(parts[0], parts[1], lanes));
+        } else {
+            for (int i = 0; i < kParts; ++i) store_vector(out + i * (kCount / kParts), parts[i]);
+        }
+    }
+};
+
+// to[i] = from[i]; the two are apart, or the same. A stream goes past the caches, which spares reading the lines first:
+// `to` is aligned to the tier's vectors, and other threads see it after `finish_streams`.
+template <class Tile, bool Stream = false, class T>
+ALWAYS_INLINE void copy_row(const T* from, T* to, int64_t count) {
+    using E = std::conditional_t<sizeof(T) == 2, uint16_t, T>;
+    using V = vector_t<Tile, E>;
+    constexpr int L = kLanes<Tile, E>;
+    int64_t i = 0;
+    for (; i + L <= count; i += L) {
+        const V v = load_vector<Tile>(reinterpret_cast<const E*>(from + i));
+#if defined(__x86_64__)
+        using anywhere = typename vector_types<E, Tile::bytes>::anywhere;
+        if constexpr (Stream)
+            asm volatile("vmovntps %1, %0" : "=m"(*reinterpret_cast<anywhere*>(to + i)) : "v"(v));
+        else
+#endif
+            store_vector(reinterpret_cast<E*>(to + i), v);
+    }
+    for (; i < count; ++i) to[i] = from[i];
+}
+ALWAYS_INLINE void finish_streams() {
+#if defined(__x86_64__)
+    asm volatile("sfence" ::: "memory");
+#endif
+}
+template <class Tile>
+constexpr bool kStreams = Tile::bytes > 16;
+// Worth it for what is too large to be found in a cache later; rows must be whole lines.
+template <class Tile>
+ALWAYS_INLINE bool streams(const void* out, int64_t row_bytes, int64_t bytes) {
+    return kStreams<Tile> && bytes >= 1 << 23 && row_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+}
+// to[i] = from[i] * factor, rounded once.
+template <class Tile, class T>
+ALWAYS_INLINE void scale_row(const T* from, T* to, int64_t count, accumulate_t<T> factor) {
+    constexpr int L = kLanes<Tile, accumulate_t<T>>;
+    int64_t i = 0;
+    for (; i + L <= count; i += L) store_vector(to + i, narrow<T>(load_lanes<Tile>(from + i) * factor));
+    for (; i < count; ++i) to[i] = store<T>(load<T>(from[i]) * factor);
+}
 // Turns L rows of L lanes into columns: interleaving row i with row i + L/2, log2(L) times over.
 template <int L, class V>
 ALWAYS_INLINE void transpose_square(V (&rows)[L]) {

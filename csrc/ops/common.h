@@ -93,11 +93,16 @@ inline Tensor dense(const Tensor& tensor) {
     return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-inline Tensor allocate(const Tensor& tensor, const std::vector<int64_t>& shape) {
-    return torch::stable::new_empty(tensor, shape);
-}
+// Asks for 2 MiB pages under the whole ones among these bytes of CPU memory.
+void use_huge_pages(void* data, int64_t bytes);
+
 inline Tensor allocate(const Tensor& tensor, const std::vector<int64_t>& shape, ScalarType dtype) {
-    return torch::stable::new_empty(tensor, shape, dtype);
+    const Tensor result = torch::stable::new_empty(tensor, shape, dtype);
+    if (result.is_cpu()) use_huge_pages(result.mutable_data_ptr(), result.numel() * result.element_size());
+    return result;
+}
+inline Tensor allocate(const Tensor& tensor, const std::vector<int64_t>& shape) {
+    return allocate(tensor, shape, tensor.scalar_type());
 }
 
 #ifdef HOURLLAVA_EXT_CUDA

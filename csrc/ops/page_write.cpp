@@ -46,34 +46,43 @@ void check_rows(const char* op, const Rows& r) {
           r.position_ids.size(0), " for ", r.key.size(0), " tokens");
 }
 
+// The pages that tokens go to, in the order of their first token, and the token that each of their rows gets, -1 for
+// none.
+struct Places {
+    std::vector<int64_t> touched, incoming;
+};
+
 // Of a dense tensor. Two tokens in one row would leave the winner to chance; on a GPU the host would have to wait to
-// know.
-void check_slots(const char* op, const Tensor& slots, int64_t pages, int64_t page_size) {
-    if (on_gpu(slots)) return;
+// know, and the places are found there.
+Places checked_places(const char* op, const Tensor& slots, int64_t pages, int64_t page_size) {
+    Places places;
+    if (on_gpu(slots)) return places;
     const int64_t* slot = data<int64_t>(slots);
-    std::vector<bool> taken(pages * page_size);
+    std::vector<int64_t> rows_of(pages, -1);  // where a touched page's rows begin
     for (int64_t m = 0; m < slots.size(0); ++m) {
         check(slot[m] >= 0 && slot[m] < pages * page_size, op, ": slots[", m, "] is ", slot[m], ", but ", pages,
               " pages of ", page_size, " rows have slots 0 to ", pages * page_size - 1);
-        check(!taken[slot[m]], op, ": slots[", m, "] is ", slot[m], " for a second time; give each token its own row");
-        taken[slot[m]] = true;
+        const int64_t page = slot[m] / page_size;
+        if (rows_of[page] < 0) {
+            rows_of[page] = places.incoming.size();
+            places.touched.push_back(page);
+            places.incoming.resize(places.incoming.size() + page_size, -1);
+        }
+        int64_t& token = places.incoming[rows_of[page] + slot[m] - page * page_size];
+        check(token < 0, op, ": slots[", m, "] is ", slot[m], " for a second time; give each token its own row");
+        token = m;
     }
+    return places;
 }
 
-// Raises the lengths of the pages that get rows; returns those pages, ascending.
-std::vector<int64_t> extend_pages(const Tensor& slots, int64_t page_size, int32_t* page_lengths, int64_t pages) {
-    std::vector<bool> seen(pages);
-    std::vector<int64_t> touched;
-    const int64_t* slot = data<int64_t>(slots);
-    for (int64_t m = 0; m < slots.size(0); ++m) {
-        const int64_t page = slot[m] / page_size;
-        page_lengths[page] = std::max(page_lengths[page], static_cast<int32_t>(slot[m] % page_size + 1));
-        seen[page] = true;
+// Raises the lengths of the pages that get rows.
+void extend_pages(const Places& places, int64_t page_size, int32_t* page_lengths) {
+    for (size_t i = 0; i < places.touched.size(); ++i) {
+        int64_t row = page_size;
+        while (places.incoming[i * page_size + row - 1] < 0) --row;
+        int32_t& length = page_lengths[places.touched[i]];
+        length = std::max(length, static_cast<int32_t>(row));
     }
-    for (int64_t page = 0; page < pages; ++page) {
-        if (seen[page]) touched.push_back(page);
-    }
-    return touched;
 }
 
 Tensor last_dim_dense(const Tensor& rows) { return rows.stride(2) == 1 ? rows : dense(rows); }
@@ -82,7 +91,7 @@ Tensor last_dim_dense(const Tensor& rows) { return rows.stride(2) == 1 ? rows : 
 void write(const char* op, const Rows& r, const Pools& pools) {
     const int64_t pages = pools.key_pages.size(0), page_size = pools.key_pages.size(2);
     const Tensor slots = dense(r.slots), positions = dense(r.position_ids), frequencies = dense(r.inv_freq);
-    check_slots(op, slots, pages, page_size);
+    const Places places = checked_places(op, slots, pages, page_size);
     const Tensor key = last_dim_dense(r.key), value = last_dim_dense(r.value);
     dispatch_dtype(op, "key", key, [&](auto type) {
         using T = decltype(type);
@@ -92,6 +101,8 @@ void write(const char* op, const Rows& r, const Pools& pools) {
         p.position_ids = data<int64_t>(positions);
         p.slots = data<int64_t>(slots);
         p.inv_freq = data<float>(frequencies);
+        p.touched = places.touched.data();
+        p.incoming = places.incoming.data();
         p.key_pages = mutable_data<T>(pools.key_pages);
         p.value_pages = mutable_data<T>(pools.value_pages);
         p.key_summary = mutable_data<accumulate_t<T>>(pools.key_summary);
@@ -102,6 +113,7 @@ void write(const char* op, const Rows& r, const Pools& pools) {
         p.width = key.size(2);
         p.page_size = page_size;
         p.frequencies = frequencies.size(0);
+        p.touched_pages = places.touched.size();
         p.key_token_stride = key.stride(0), p.key_head_stride = key.stride(1);
         p.value_token_stride = value.stride(0), p.value_head_stride = value.stride(1);
         if constexpr (kHasCuda<T>) {
@@ -111,11 +123,8 @@ void write(const char* op, const Rows& r, const Pools& pools) {
                 return page_write_cuda(p, mutable_data<int64_t>(scratch), OnDevice(key));
             }
         }
-        const std::vector<int64_t> touched = extend_pages(slots, page_size, p.page_lengths, pages);
-        p.touched = touched.data();
-        p.touched_pages = touched.size();
+        extend_pages(places, page_size, p.page_lengths);
         page_write_cpu(p);
-        page_write_summary_cpu(p);
     });
 }
 
@@ -198,7 +207,7 @@ std::tuple<Tensor, Tensor> page_write_backward(const Tensor& grad_key_pages,    
                    {"slots", slots},
                    {"inv_freq", inv_freq}});
     const Tensor places = dense(slots), positions = dense(position_ids), frequencies = dense(inv_freq);
-    check_slots(op, places, grad_key_pages.size(0), page_size);
+    checked_places(op, places, grad_key_pages.size(0), page_size);
     const Tensor keys = dense(grad_key_pages), values = dense(grad_value_pages);
     Tensor grad_key = allocate(keys, {slots.size(0), heads, width});
     Tensor grad_value = allocate(keys, {slots.size(0), heads, width});

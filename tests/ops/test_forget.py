@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from tools import DTYPES, assert_compiles_fullgraph, assert_matches_reference, assert_repeatable
+from tools import CPU_TIERS, DTYPES, assert_compiles_fullgraph, assert_matches_reference, assert_repeatable, cpu_tier
 from torch import Tensor
 
 from hourllava_ext import forget, reference
@@ -22,6 +22,13 @@ def make(shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> tuple[Ten
 @pytest.mark.parametrize("shape", SHAPES)
 def test_reference(shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
     assert_matches_reference(forget, reference.forget, *make(shape, dtype))
+
+
+@pytest.mark.parametrize("tier", CPU_TIERS[:-1])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_tier(dtype: torch.dtype, tier: str) -> None:
+    with cpu_tier(tier):
+        assert_matches_reference(forget, reference.forget, *make((9, 8, 83, 5, 7), dtype))
 
 
 def test_position_ids_count_the_whole_memory() -> None:

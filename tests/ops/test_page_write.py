@@ -5,7 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from tools import DTYPES, assert_compiles_fullgraph, assert_error_rule, assert_matches_reference, assert_repeatable
+from tools import (
+    CPU_TIERS,
+    DTYPES,
+    assert_compiles_fullgraph,
+    assert_error_rule,
+    assert_matches_reference,
+    assert_repeatable,
+    cpu_tier,
+)
 from torch import Tensor
 
 from hourllava_ext import page_write, page_write_, reference
@@ -55,6 +63,27 @@ def empty_pools(shape: Shape, dtype: torch.dtype, fill: float = 0.0) -> list[Ten
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_reference(shape: Shape, dtype: torch.dtype) -> None:
     assert_matches_reference(page_write, reference.page_write, *make(shape, dtype))
+
+
+@pytest.mark.parametrize("tier", CPU_TIERS[:-1])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_tier(dtype: torch.dtype, tier: str) -> None:
+    shape = Shape(tokens=300, heads=2, width=83, frequencies=19, pages=9, page_size=64)
+    with cpu_tier(tier):
+        assert_matches_reference(page_write, reference.page_write, *make(shape, dtype))
+
+
+@pytest.mark.parametrize("tier", CPU_TIERS)
+def test_more_values_than_a_cache_holds(tier: str) -> None:
+    """They go past the caches, but no line of them gets lost, and no other is touched."""
+    shape = Shape(tokens=2**15, heads=2, width=64, frequencies=16, pages=260, page_size=128)
+    *rows, _, _ = make(shape, torch.bfloat16)
+    pools = empty_pools(shape, torch.bfloat16, fill=torch.nan)
+    with cpu_tier(tier), torch.no_grad():
+        page_write_(*rows, *pools)
+    values = pools[1].transpose(1, 2).flatten(0, 1)
+    assert torch.equal(values[rows[3]], rows[1])
+    assert values.isnan().sum() == (260 * 128 - shape.tokens) * shape.heads * shape.width
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from tools import DTYPES, assert_compiles_fullgraph, assert_matches_reference, assert_repeatable
+from tools import CPU_TIERS, DTYPES, assert_compiles_fullgraph, assert_matches_reference, assert_repeatable, cpu_tier
 
 from hourllava_ext import pool_grid, reference
 
@@ -26,6 +26,13 @@ def make(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[torch.Te
 @pytest.mark.parametrize("shape", SHAPES)
 def test_reference(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     assert_matches_reference(pool_grid, reference.pool_grid, *make(shape, dtype))
+
+
+@pytest.mark.parametrize("tier", CPU_TIERS[:-1])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_tier(dtype: torch.dtype, tier: str) -> None:
+    with cpu_tier(tier):
+        assert_matches_reference(pool_grid, reference.pool_grid, *make((2, 27, 8, 83), dtype))
 
 
 def test_same_grid_copies() -> None:

@@ -25,6 +25,13 @@ def test_reference(shape: tuple[int, int, int, int], dtype: torch.dtype, inverse
     assert_matches_reference(rope, reference.rope, *make(shape, dtype), inverse)
 
 
+@pytest.mark.parametrize("tier", CPU_TIERS[:-1])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_tier(dtype: torch.dtype, tier: str) -> None:
+    with cpu_tier(tier):
+        assert_matches_reference(rope, reference.rope, *make((63, 2, 128, 27), dtype))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strided_input(dtype: torch.dtype) -> None:
     _, position_ids, inv_freq = make((9, 2, 8, 2), dtype)
@@ -44,6 +51,26 @@ def test_float16_overflows_as_it_should(tier: str) -> None:
         out = rope(x, torch.ones(1, dtype=torch.int64), angles)
     torch.testing.assert_close(out, reference.rope(x, torch.ones(1), angles), rtol=0, atol=0)
     assert 0 < out.isinf().sum() < 64
+
+
+@pytest.mark.parametrize("tier", CPU_TIERS)
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+def test_tables_are_those_of_float64_rounded(dtype: torch.dtype, tier: str) -> None:
+    """A day of tokens, both sides of every limit of a vector's arithmetic, numbers far beyond, and below zero."""
+    limits = torch.tensor([0, 1, 6_500_000, 8_388_608, 2**24, 2**31, 2**40])
+    near = (limits[:, None] + torch.arange(-3, 4)).flatten()
+    position_ids = torch.cat([torch.randint(-5_700_000, 5_700_000, (4000,)), near])
+    inv_freq = 10000.0 ** -(torch.arange(40) / 40)
+    x = torch.zeros(len(position_ids), 1, 80, dtype=dtype)
+    x[..., :40] = 1
+    with cpu_tier(tier):
+        table = rope(x, position_ids, inv_freq)[:, 0].double()
+    angle = (position_ids.float()[:, None] * inv_freq).double()
+    exact = torch.cat([angle.cos(), angle.sin()], dim=1)
+    info = torch.finfo(dtype)
+    # Half a unit of the last place, and the error before it was rounded: of float32 another half.
+    allowed = exact.abs() * (info.eps / 2 + min(info.eps / 2, 4e-7)) + info.tiny * info.eps / 2
+    assert ((table - exact).abs() <= allowed).all()
 
 
 def test_inverse_returns() -> None:
