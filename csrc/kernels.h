@@ -69,7 +69,7 @@ void pool_grid_backward_cuda(const PoolGridBackwardParams<T>&, Stream);
 template <class T>
 struct KeyframeScoreParams {
     const T* features;               // (T, C)
-    accumulate_t<T>* inverse_norms;  // (T,), scratch
+    accumulate_t<T>* inverse_norms;  // (T,), scratch of the GPU
     accumulate_t<T>* score;          // (T,)
     int64_t frames;                  // T
     int64_t width;                   // C
