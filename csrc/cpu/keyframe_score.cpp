@@ -19,8 +19,8 @@ ALWAYS_INLINE int64_t last_partner(const KeyframeScoreParams<T>& p, int64_t fram
     return std::max(window_begin(p, frame) + p.window - 1, sees_it);
 }
 
-// What float can hold of a sum is spent within the lanes: their own sum is of double, and so is all that follows, because
-// cosines lie close to one another.
+// What float can hold of a sum is spent within the lanes: their own sum is of double, and so is all that follows,
+// because cosines lie close to one another.
 template <class V>
 ALWAYS_INLINE double sum_in_double(V v) {
     if constexpr (std::is_same_v<element_t<V>, double>)

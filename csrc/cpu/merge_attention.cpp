@@ -1,63 +1,152 @@
 // SPDX-License-Identifier: Apache-2.0
 // Weighs each part of a query's attention by its share of the log-sum-exp.
-#include <limits>
-#include <vector>
-
-#include "cpu/common.h"
+#include "cpu/vectors.h"
 
 namespace hourllava_ext {
 
-// Shares of the parts, and their common log-sum-exp; zero shares and -inf where no part saw any key.
-template <class A>
-ALWAYS_INLINE A shares_of(const A* lse, int64_t parts, int64_t stride, A* share) {
-    A largest = -std::numeric_limits<A>::infinity();
-    for (int64_t s = 0; s < parts; ++s) largest = std::max(largest, lse[s * stride]);
-    const A shift = largest == -std::numeric_limits<A>::infinity() ? A(0) : largest;
-    A sum = 0;
-    for (int64_t s = 0; s < parts; ++s) sum += share[s] = std::exp(lse[s * stride] - shift);
-    for (int64_t s = 0; s < parts; ++s) share[s] = sum == 0 ? A(0) : share[s] / sum;
-    return shift + std::log(sum);
+// Tokens whose shares are computed side by side.
+constexpr int64_t kTokens = 16;
+
+// The shares of the parts in what up to kTokens tokens see, and their common log-sum-exps; zero shares and -inf where
+// no part saw any key.
+template <class Tile, class T>
+struct Shares {
+    using A = accumulate_t<T>;
+    int64_t parts, heads, tokens;               // of all
+    Scratch<A> share{heads * parts * kTokens};  // (H, S, kTokens)
+    Scratch<A> total{heads * kTokens};          // (H, kTokens)
+
+    ALWAYS_INLINE void of(const A* lse, int64_t first, int64_t count) const {
+        constexpr int L = kLanes<Tile, A>;
+        for (int64_t h = 0; h < heads; ++h) {
+            for (int64_t i = 0; i < count; i += L) {
+                of_lanes(lse + h * tokens + first + i, std::min<int64_t>(L, count - i),
+                         share.get() + h * parts * kTokens + i, total.get() + h * kTokens + i);
+            }
+        }
+    }
+    ALWAYS_INLINE void of_lanes(const A* lse, int64_t lanes, A* shares, A* totals) const {
+        using V = vector_t<Tile, A>;
+        constexpr A kInfinity = std::numeric_limits<A>::infinity(), kLog2E = 1.4426950408889634;
+        V most = V{} - kInfinity, sum{};
+        for (int64_t s = 0; s < parts; ++s) {
+            const V x = load_values<Tile>(lse + s * heads * tokens, lanes);
+            most = x > most ? x : most;
+        }
+        const V shift = most == -kInfinity ? V{} : most;
+        for (int64_t s = 0; s < parts; ++s) {
+            const V weight = exp2_vector((load_values<Tile>(lse + s * heads * tokens, lanes) - shift) * kLog2E);
+            store_vector(shares + s * kTokens, weight);
+            sum += weight;
+        }
+        for (int64_t s = 0; s < parts; ++s) {
+            const V weight = load_vector<Tile>(shares + s * kTokens);
+            store_vector(shares + s * kTokens, sum == A(0) ? V{} : weight / sum);
+        }
+        for (int64_t l = 0; l < lanes; ++l) totals[l] = shift[l] + std::log(sum[l]);
+    }
+};
+
+// Several streams of short rows are more than the hardware looks ahead of.
+template <class T>
+constexpr int64_t kAhead = 1024 / sizeof(T);
+
+// merged (width,) = the sum of the parts' rows, `stride` apart, each times its share.
+template <class Tile, class T>
+ALWAYS_INLINE void merge_rows(const T* out, int64_t stride, const accumulate_t<T>* share, int64_t parts, int64_t width,
+                              T* merged) {
+    using A = accumulate_t<T>;
+    using L = Line<Tile, T>;
+    int64_t i = 0;
+    for (; i + L::kCount <= width; i += L::kCount) {
+        L sum{};
+        for (int64_t s = 0; s < parts; ++s) {
+            // A part that saw no key has nothing to say, whatever lies in its rows.
+            if (share[s * kTokens] == 0) continue;
+            __builtin_prefetch(out + s * stride + i + kAhead<T>);
+            const L line = L::load(out + s * stride + i);
+            for (int part = 0; part < L::kParts; ++part) sum.parts[part] += line.parts[part] * share[s * kTokens];
+        }
+        sum.store(merged + i);
+    }
+    for (; i < width; ++i) {
+        A sum = 0;
+        for (int64_t s = 0; s < parts; ++s) {
+            if (share[s * kTokens] != 0) sum += share[s * kTokens] * load<T>(out[s * stride + i]);
+        }
+        merged[i] = store<T>(sum);
+    }
 }
 
 template <class Tile, class T>
 ALWAYS_INLINE void merge_tokens(const MergeAttentionParams<T>& p, int64_t first, int64_t last) {
-    using A = accumulate_t<T>;
-    std::vector<A> share(p.parts), sum(p.width);
-    for (int64_t m = first; m < last; ++m) {
-        for (int64_t h = 0; h < p.heads; ++h) {
-            const int64_t place = h * p.tokens + m;
-            p.merged_lse[place] = shares_of(p.lse + place, p.parts, p.heads * p.tokens, share.data());
-            std::fill(sum.begin(), sum.end(), A(0));
-            for (int64_t s = 0; s < p.parts; ++s) {
-                // A part that saw no key has nothing to say, whatever lies in its rows.
-                if (share[s] == 0) continue;
-                const T* out = p.out + ((s * p.tokens + m) * p.heads + h) * p.width;
-                for (int64_t i = 0; i < p.width; ++i) sum[i] += share[s] * load<T>(out[i]);
+    const Shares<Tile, T> shares{p.parts, p.heads, p.tokens};
+    for (int64_t begin = first; begin < last; begin += kTokens) {
+        const int64_t count = std::min(kTokens, last - begin);
+        shares.of(p.lse, begin, count);
+        for (int64_t m = 0; m < count; ++m) {
+            for (int64_t h = 0; h < p.heads; ++h) {
+                const int64_t row = ((begin + m) * p.heads + h) * p.width;
+                merge_rows<Tile>(p.out + row, p.tokens * p.heads * p.width,
+                                 shares.share.get() + h * p.parts * kTokens + m, p.parts, p.width, p.merged + row);
+                p.merged_lse[h * p.tokens + begin + m] = shares.total.get()[h * kTokens + m];
             }
-            T* merged = p.merged + (m * p.heads + h) * p.width;
-            for (int64_t i = 0; i < p.width; ++i) merged[i] = store<T>(sum[i]);
         }
     }
+}
+
+// scaled (width,) = grad * share; returns the product of grad with out.
+template <class Tile, class T>
+ALWAYS_INLINE accumulate_t<T> scale_and_multiply(const T* grad, const T* out, accumulate_t<T> share, int64_t width,
+                                                 T* scaled) {
+    using A = accumulate_t<T>;
+    using L = Line<Tile, T>;
+    typename L::V sum{};
+    int64_t i = 0;
+    for (; i + L::kCount <= width; i += L::kCount) {
+        __builtin_prefetch(out + i + kAhead<T>);
+        const L g = L::load(grad + i), x = L::load(out + i);
+        L product;
+        for (int part = 0; part < L::kParts; ++part) {
+            sum += g.parts[part] * x.parts[part];
+            product.parts[part] = g.parts[part] * share;
+        }
+        product.store(scaled + i);
+    }
+    A rest = 0;
+    for (; i < width; ++i) {
+        rest += load<T>(grad[i]) * load<T>(out[i]);
+        scaled[i] = store<T>(load<T>(grad[i]) * share);
+    }
+    return sum_of_lanes(sum) + rest;
 }
 
 template <class Tile, class T>
 ALWAYS_INLINE void merge_tokens_backward(const MergeAttentionBackwardParams<T>& p, int64_t first, int64_t last) {
     using A = accumulate_t<T>;
-    std::vector<A> share(p.parts), product(p.parts);
-    for (int64_t m = first; m < last; ++m) {
-        for (int64_t h = 0; h < p.heads; ++h) {
-            const int64_t place = h * p.tokens + m, stride = p.heads * p.tokens;
-            const T* grad = p.grad_merged + (m * p.heads + h) * p.width;
-            shares_of(p.lse + place, p.parts, stride, share.data());
-            A mean = 0;
-            for (int64_t s = 0; s < p.parts; ++s) {
-                const int64_t row = ((s * p.tokens + m) * p.heads + h) * p.width;
-                product[s] = share[s] == 0 ? A(0) : dot<T>(grad, p.out + row, p.width);
-                mean += share[s] * product[s];
-                for (int64_t i = 0; i < p.width; ++i) p.grad_out[row + i] = store<T>(share[s] * load<T>(grad[i]));
-            }
-            for (int64_t s = 0; s < p.parts; ++s) {
-                p.grad_lse[s * stride + place] = share[s] * (product[s] - mean + p.grad_merged_lse[place]);
+    const Shares<Tile, T> shares{p.parts, p.heads, p.tokens};
+    const Scratch<A> products(p.parts);
+    for (int64_t begin = first; begin < last; begin += kTokens) {
+        const int64_t count = std::min(kTokens, last - begin);
+        shares.of(p.lse, begin, count);
+        for (int64_t m = 0; m < count; ++m) {
+            for (int64_t h = 0; h < p.heads; ++h) {
+                const A* share = shares.share.get() + h * p.parts * kTokens + m;
+                const int64_t place = h * p.tokens + begin + m, stride = p.heads * p.tokens;
+                const int64_t row = ((begin + m) * p.heads + h) * p.width;
+                A mean = 0;
+                for (int64_t s = 0; s < p.parts; ++s) {
+                    const int64_t at = row + s * stride * p.width;
+                    const A product = scale_and_multiply<Tile>(p.grad_merged + row, p.out + at, share[s * kTokens],
+                                                               p.width, p.grad_out + at);
+                    // A part that saw no key has nothing to say, whatever lies in its rows.
+                    products.get()[s] = share[s * kTokens] == 0 ? A(0) : product;
+                    mean += share[s * kTokens] * products.get()[s];
+                }
+                for (int64_t s = 0; s < p.parts; ++s) {
+                    p.grad_lse[s * stride + place] =
+                        share[s * kTokens] * (products.get()[s] - mean + p.grad_merged_lse[place]);
+                }
             }
         }
     }

@@ -293,6 +293,16 @@ struct Line {
             return {{load_lanes<Tile>(p)}};
         }
     }
+    // Rounded, and each value in its place again.
+    ALWAYS_INLINE void store(T* out) const {
+        if constexpr (std::is_same_v<T, bfloat16>) {
+            using U = typename vector_types<uint32_t, Tile::bytes>::vector;
+            const U even = narrow_bfloat16(__builtin_bit_cast(U, parts[0]));
+            store_vector(out, even | narrow_bfloat16(__builtin_bit_cast(U, parts[1])) << 16);
+        } else {
+            for (int i = 0; i < kParts; ++i) store_vector(out + i * (kCount / kParts), narrow<T>(parts[i]));
+        }
+    }
     ALWAYS_INLINE static void store_in_order(const V (&parts)[kParts], accumulate_t<T>* out) {
         constexpr auto lanes = std::make_integer_sequence<int, kLanes<Tile, accumulate_t<T>>>{};
         if constexpr (std::is_same_v<T, bfloat16>) {
