@@ -15,6 +15,10 @@ ALWAYS_INLINE void forget_frames(const ForgetParams<T>& p, int64_t first, int64_
         for (int64_t j = 0; j < p.kept_patches; ++j) {
             const int64_t patch = p.patches[i * p.kept_patches + j];
             const T* token = p.tokens + (frame * p.per_frame + patch) * p.width;
+            if (j + 1 < p.kept_patches) {
+                prefetch_row(p.tokens + (frame * p.per_frame + p.patches[i * p.kept_patches + j + 1]) * p.width,
+                             p.width);
+            }
             copy_row<Tile>(token, kept + j * p.width, p.width);
             position_ids[j] = frame * (p.per_frame + 1) + patch;
         }

@@ -35,6 +35,10 @@ ALWAYS_INLINE double product_from(const T* a, const T* b, int64_t i, int64_t wid
     return sum;
 }
 
+// The rows follow one another, and little is computed of each: what is read soon is asked for.
+template <class T>
+constexpr int64_t kAhead = 2048 / sizeof(T);
+
 // Sums of several vectors at once, so that none waits for the one before.
 template <class Tile, class T>
 ALWAYS_INLINE double squares_of(const T* x, int64_t width) {
@@ -45,6 +49,7 @@ ALWAYS_INLINE double squares_of(const T* x, int64_t width) {
     for (; i + kLines * L::kCount <= width; i += kLines * L::kCount) {
 #pragma GCC unroll 4
         for (int l = 0; l < kLines; ++l) {
+            __builtin_prefetch(x + i + l * L::kCount + kAhead<T>);
             const L line = L::load(x + i + l * L::kCount);
             for (int part = 0; part < L::kParts; ++part) {
                 sums[l * L::kParts + part] += line.parts[part] * line.parts[part];

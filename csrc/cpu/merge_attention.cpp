@@ -105,6 +105,7 @@ ALWAYS_INLINE accumulate_t<T> scale_and_multiply(const T* grad, const T* out, ac
     int64_t i = 0;
     for (; i + L::kCount <= width; i += L::kCount) {
         __builtin_prefetch(out + i + kAhead<T>);
+        __builtin_prefetch(scaled + i + kAhead<T>, 1);
         const L g = L::load(grad + i), x = L::load(out + i);
         L product;
         for (int part = 0; part < L::kParts; ++part) {

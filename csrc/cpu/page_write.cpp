@@ -117,14 +117,27 @@ ALWAYS_INLINE void write_pages(const PageWriteParams<T>& p, int64_t first, int64
     finish_streams();
 }
 
+// Where a token's row begins in its page, for key head 0.
+template <class T>
+ALWAYS_INLINE int64_t row_of(const PageWriteBackwardParams<T>& p, int64_t token) {
+    const int64_t page = p.slots[token] / p.page_size, row = p.slots[token] - page * p.page_size;
+    return (page * p.heads * p.page_size + row) * p.width;
+}
+
+// Tokens between the row that is read and the one that is asked for.
+constexpr int64_t kTokensAhead = 4;
+
 template <class Tile, class T>
 ALWAYS_INLINE void read_gradients(const PageWriteBackwardParams<T>& p, int64_t first, int64_t last) {
     const Rotation<Tile, T> rotation{p.inv_freq, p.frequencies, true};
+    const int64_t size = p.page_size * p.width;
     for (int64_t m = first; m < last; ++m) {
         rotation.turn_to(p.position_ids[m]);
-        const int64_t page = p.slots[m] / p.page_size, row = p.slots[m] - page * p.page_size;
+        const int64_t begin = row_of(p, m), next = row_of(p, std::min(m + kTokensAhead, last - 1));
         for (int64_t h = 0; h < p.heads; ++h) {
-            const int64_t from = ((page * p.heads + h) * p.page_size + row) * p.width, to = (m * p.heads + h) * p.width;
+            prefetch_row(p.grad_key_pages + next + h * size, p.width);
+            prefetch_row(p.grad_value_pages + next + h * size, p.width);
+            const int64_t from = begin + h * size, to = (m * p.heads + h) * p.width;
             rotate_head(rotation, p.grad_key_pages + from, p.grad_key + to, p.width);
             copy_row<Tile>(p.grad_value_pages + from, p.grad_value + to, p.width);
         }

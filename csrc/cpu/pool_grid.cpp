@@ -32,13 +32,18 @@ struct Cell {
 
 template <class Tile, class T>
 ALWAYS_INLINE void pool_cell(const Cell<T>& cell, int64_t width, T* out) {
-    constexpr int L = kLanes<Tile, accumulate_t<T>>;
+    using L = Line<Tile, T>;
     const auto [a, b, c, d] = cell.taps;
     const auto [wa, wb, wc, wd] = cell.weights;
     int64_t i = 0;
-    for (; i + L <= width; i += L) {
-        store_vector(out + i, narrow<T>(load_lanes<Tile>(a + i) * wa + load_lanes<Tile>(b + i) * wb +
-                                        load_lanes<Tile>(c + i) * wc + load_lanes<Tile>(d + i) * wd));
+    for (; i + L::kCount <= width; i += L::kCount) {
+        const L first = L::load(a + i), second = L::load(b + i), third = L::load(c + i), fourth = L::load(d + i);
+        L sum;
+        for (int part = 0; part < L::kParts; ++part) {
+            sum.parts[part] =
+                first.parts[part] * wa + second.parts[part] * wb + third.parts[part] * wc + fourth.parts[part] * wd;
+        }
+        sum.store(out + i);
     }
     for (; i < width; ++i) {
         out[i] = store<T>(wa * load<T>(a[i]) + wb * load<T>(b[i]) + wc * load<T>(c[i]) + wd * load<T>(d[i]));

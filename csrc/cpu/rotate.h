@@ -108,17 +108,17 @@ struct Rotation {
     template <class V>
     ALWAYS_INLINE static void put(A* table, V v) {
         if constexpr (sizeof(T) == 2)
-            store_vector(table, widen<Tile>(narrow<T>(v), T{}));
+            store_vector(table, widen<Tile>(narrow<Tile, T>(v), T{}));
         else
             store_vector(table, v);
     }
 };
 
 // The two halves of a head's rotated dims, from dim i on.
-template <class T, class V>
+template <class Tile, class T, class V>
 ALWAYS_INLINE void turn_pairs(V a, V b, V c, V s, T* out, int64_t half) {
-    store_vector(out, narrow<T>(a * c - b * s));
-    store_vector(out + half, narrow<T>(a * s + b * c));
+    store_vector(out, narrow<Tile, T>(a * c - b * s));
+    store_vector(out + half, narrow<Tile, T>(a * s + b * c));
 }
 
 // Turns x (width,) into out (width,), which may be the same memory; dims from 2 * half on are copied.
@@ -139,10 +139,10 @@ ALWAYS_INLINE void rotate_head(const Rotation<Tile, T>& r, const T* x, T* out, i
         const int64_t last = half - L;
         const auto a = load_lanes<Tile>(x + last), b = load_lanes<Tile>(x + half + last);
         for (int64_t i = 0; i < last; i += L) {
-            turn_pairs<T>(load_lanes<Tile>(x + i), load_lanes<Tile>(x + half + i), load_lanes<Tile>(cosine + i),
-                          load_lanes<Tile>(sine + i), out + i, half);
+            turn_pairs<Tile, T>(load_lanes<Tile>(x + i), load_lanes<Tile>(x + half + i), load_lanes<Tile>(cosine + i),
+                                load_lanes<Tile>(sine + i), out + i, half);
         }
-        turn_pairs<T>(a, b, load_lanes<Tile>(cosine + last), load_lanes<Tile>(sine + last), out + last, half);
+        turn_pairs<Tile, T>(a, b, load_lanes<Tile>(cosine + last), load_lanes<Tile>(sine + last), out + last, half);
     }
     if (x != out) copy_row<Tile>(x + 2 * half, out + 2 * half, width - 2 * half);
 }

@@ -246,10 +246,12 @@ template <class Tile, class T>
 ALWAYS_INLINE auto load_lanes(const T* p) {
     return load_values<Tile>(p, kLanes<Tile, accumulate_t<T>>);
 }
-template <class T, class V>
+template <class Tile, class T, class V>
 ALWAYS_INLINE auto narrow(V v) {
     if constexpr (std::is_same_v<element_t<V>, T>) {
         return v;
+    } else if constexpr (Tile::pairs && std::is_same_v<T, bfloat16>) {
+        return round_to_bfloat16(v);
     } else {
         using U = typename vector_types<uint32_t, sizeof(V)>::vector;
         typename vector_types<uint16_t, sizeof(V) / 2>::vector stored;
@@ -295,12 +297,14 @@ struct Line {
     }
     // Rounded, and each value in its place again.
     ALWAYS_INLINE void store(T* out) const {
-        if constexpr (std::is_same_v<T, bfloat16>) {
+        if constexpr (Tile::pairs && std::is_same_v<T, bfloat16>) {
+            store_vector(reinterpret_cast<uint16_t*>(out), round_to_pairs(parts[0], parts[1]));
+        } else if constexpr (std::is_same_v<T, bfloat16>) {
             using U = typename vector_types<uint32_t, Tile::bytes>::vector;
             const U even = narrow_bfloat16(__builtin_bit_cast(U, parts[0]));
             store_vector(out, even | narrow_bfloat16(__builtin_bit_cast(U, parts[1])) << 16);
         } else {
-            for (int i = 0; i < kParts; ++i) store_vector(out + i * (kCount / kParts), narrow<T>(parts[i]));
+            for (int i = 0; i < kParts; ++i) store_vector(out + i * (kCount / kParts), narrow<Tile, T>(parts[i]));
         }
     }
     ALWAYS_INLINE static void store_in_order(const V (&parts)[kParts], accumulate_t<T>* out) {
@@ -334,6 +338,11 @@ ALWAYS_INLINE void copy_row(const T* from, T* to, int64_t count) {
     }
     for (; i < count; ++i) to[i] = from[i];
 }
+// Asks for a row that is read soon: where rows lie apart, the machine does not guess the next one.
+template <class T>
+ALWAYS_INLINE void prefetch_row(const T* row, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(row + i);
+}
 ALWAYS_INLINE void finish_streams() {
 #if defined(__x86_64__)
     asm volatile("sfence" ::: "memory");
@@ -349,9 +358,13 @@ ALWAYS_INLINE bool streams(const void* out, int64_t row_bytes, int64_t bytes) {
 // to[i] = from[i] * factor, rounded once.
 template <class Tile, class T>
 ALWAYS_INLINE void scale_row(const T* from, T* to, int64_t count, accumulate_t<T> factor) {
-    constexpr int L = kLanes<Tile, accumulate_t<T>>;
+    using L = Line<Tile, T>;
     int64_t i = 0;
-    for (; i + L <= count; i += L) store_vector(to + i, narrow<T>(load_lanes<Tile>(from + i) * factor));
+    for (; i + L::kCount <= count; i += L::kCount) {
+        L line = L::load(from + i);
+        for (auto& part : line.parts) part *= factor;
+        line.store(to + i);
+    }
     for (; i < count; ++i) to[i] = store<T>(load<T>(from[i]) * factor);
 }
 // Turns L rows of L lanes into columns: interleaving row i with row i + L/2, log2(L) times over.
