@@ -2,17 +2,21 @@
 // Flash attention backward: a task holds pages and walks rows. Transposed like the forward, rows being lanes:
 //
 //   scores^T, dweights^T (keys x rows) = K Q^T, V dO^T   (a strip at a time: 24 KB each)
-//   dV, dK (keys x D)     += weights^T dO, dscores^T Q   (a block of strips at a time: sums of 192 rows in registers)
+//   dV, dK (keys x D)     += weights^T dO, dscores^T Q   (a block of strips at a time: sums of 96 rows in registers)
 //   dQ^T   (D x rows)     += K^T dscores^T               (a share per task, added in order afterwards)
 //
-// Gradients are accumulated in float. Every page is owned by one task, so dK and dV are whole when it ends.
+// Gradients are accumulated in float. Every page is owned by one task, so dK and dV are whole when it ends. A row
+// brings 1.5 KB along, of which it takes 0.5 KB back: two pages stay in the second cache while rows pass by, so that
+// this is paid once for both, and the part that is written is fetched while its strip is differentiated.
 #pragma once
 
 #include "cpu/attention_forward.h"
 
 namespace hourllava_ext {
 
-constexpr int64_t kBlockStrips = 4;                     // strips between two additions to dK and dV
+constexpr int64_t kBlockStrips = 2;                     // strips between two additions to dK and dV
+constexpr int64_t kBlocksAtOnce = 2;                    // blocks of keys that rows meet while the cache has them
+constexpr int64_t kChunkPages = 4;                      // pages that are worth a share of dQ of their own
 constexpr int64_t kPartialElements = int64_t{1} << 28;  // most memory that shares of dQ may take
 
 // Where a chunk of pages leaves its share of one sample's query gradients.
@@ -47,6 +51,11 @@ struct Ownership {
         for (size_t b = 0; b < plan.samples.size(); ++b) cut_sample(plan, b, cuts);
     }
 
+    // How often a sample lists a page.
+    int64_t listed(int64_t page, int64_t sample) const {
+        return std::count(users.begin() + user_begin[page], users.begin() + user_begin[page + 1], sample);
+    }
+
     void cut_sample(const Plan& plan, int64_t b, int64_t cuts) {
         const Sample& s = plan.samples[b];
         std::vector<int64_t> own;
@@ -55,8 +64,9 @@ struct Ownership {
             if (users[user_begin[page]] == b && (own.empty() || own.back() != page)) own.push_back(page);
         }
         const int64_t count = own.size();
-        for (int64_t cut = 0; cut < std::min(cuts, count); ++cut) {
-            const int64_t begin = count * cut / std::min(cuts, count), end = count * (cut + 1) / std::min(cuts, count);
+        cuts = std::min(cuts, (count + kChunkPages - 1) / kChunkPages);
+        for (int64_t cut = 0; cut < cuts; ++cut) {
+            const int64_t begin = count * cut / cuts, end = count * (cut + 1) / cuts;
             Chunk chunk{{own.begin() + begin, own.begin() + end}, {}};
             add_slots(plan, chunk);
             chunks.push_back(std::move(chunk));
@@ -88,21 +98,22 @@ struct Backward {
     Ownership ownership{plan, p.pages, p.key_heads};
     Scratch<T> turned = rotated_queries(p);
     // Per key head and strip: (elements(D), kStrip), and down the rows (elements(kStrip), width).
-    Scratch<A> query_across{p.key_heads * plan.rows * plan.width}, grad_across{p.key_heads * plan.rows * plan.width};
-    Scratch<A> query_down{p.key_heads * plan.rows * plan.width}, grad_down{p.key_heads * plan.rows * plan.width};
+    int64_t operand_size = p.key_heads * plan.rows * plan.width;
+    LargeScratch<A> query_across{operand_size}, grad_across{operand_size};
+    LargeScratch<A> query_down{operand_size}, grad_down{operand_size};
     // (Hkv, rows), in powers of two, and what rounding took from that: weights are as exact as the stored sums.
     Scratch<A> lse{p.key_heads * plan.rows}, lse_rest{p.key_heads * plan.rows};
     Scratch<A> delta{p.key_heads * plan.rows};  // (Hkv, rows): what a weight's gradient is relative to
     // Per key head and slot: strips of (D, kStrip).
-    Scratch<A> partial{p.key_heads * ownership.slot_rows * p.head_dim};
+    LargeScratch<A> partial{p.key_heads * ownership.slot_rows * p.head_dim};
 
     // Row `at` of all key heads' rows begins a strip; its operands.
     template <class E>
-    E* across(const Scratch<A>& of, int64_t at) const {
+    E* across(const LargeScratch<A>& of, int64_t at) const {
         return reinterpret_cast<E*>(of.get()) + at * elements<E>(p.head_dim);
     }
     template <class E>
-    E* down(const Scratch<A>& of, int64_t at) const {
+    E* down(const LargeScratch<A>& of, int64_t at) const {
         return reinterpret_cast<E*>(of.get()) + elements<E>(at) * plan.width;
     }
 };
@@ -155,33 +166,40 @@ struct BackwardSpace {
     using A = accumulate_t<T>;
     using E = operand_t<Tile, T>;
     static constexpr int64_t kBlockRows = kBlockStrips * kStrip<A>;
-    Scratch<E> keys, values, keys_down;  // (kBlockKeys, width) where they are not read in place
-    Scratch<A> grad_keys, grad_values;   // (kBlockKeys, width)
+    Scratch<E> keys, values, keys_down;  // per block (kBlockKeys, width) where they are not read in place
+    Scratch<A> grad_keys, grad_values;   // per block (kBlockKeys, width)
     Scratch<A> scores{kBlockKeys * kStrip<A>}, grads{kBlockKeys * kStrip<A>};  // of a strip
     Scratch<E> grad_pairs{kBlockKeys * kStrip<A>};                             // of a strip, pairs of keys
     Scratch<stored_t<Tile, T>> weights{kBlockKeys * kBlockRows}, grad_scores{kBlockKeys * kBlockRows};
     explicit BackwardSpace(int64_t width)
-        : keys(kBlockKeys * width),
-          values(kBlockKeys * width),
-          keys_down(kBlockKeys * width),
-          grad_keys(kBlockKeys * width),
-          grad_values(kBlockKeys * width) {}
+        : keys(kBlocksAtOnce * kBlockKeys * width),
+          values(kBlocksAtOnce * kBlockKeys * width),
+          keys_down(kBlocksAtOnce * kBlockKeys * width),
+          grad_keys(kBlocksAtOnce * kBlockKeys * width),
+          grad_values(kBlocksAtOnce * kBlockKeys * width) {}
 };
 
 // Scores to weights and gradients of weights to gradients of scores, for the strip of one block (count x kStrip) that
 // begins at packed row `at`. Both go to columns of the block's matrices; the latter also, as pairs of keys, to
-// grad_pairs where operands are pairs.
+// grad_pairs where operands are pairs. Fetches the strip's query gradients (D, kStrip), which are next: two lines a
+// step are all of them for 128 dims and as many keys.
 template <class Tile, class T>
 ALWAYS_INLINE void differentiate(const Backward<T>& w, const BackwardSpace<Tile, T>& space, int64_t count, int64_t at,
-                                 int64_t column) {
+                                 int64_t column, const accumulate_t<T>* grad_query) {
     using A = accumulate_t<T>;
     using V = vector_t<Tile, A>;
     constexpr bool kPairs = std::is_same_v<operand_t<Tile, T>, Pair>;
     constexpr int64_t R = kStrip<A>, kRow = BackwardSpace<Tile, T>::kBlockRows;
     const A scale = exponent_scale(w.p);
     const A *lse = w.lse.get() + at, *lse_rest = w.lse_rest.get() + at, *delta = w.delta.get() + at;
+    const A* fetched = grad_query + w.p.head_dim * R;
     for (int64_t k = 0; k < count; k += 2) {
         for (int64_t lane = 0; lane < R; lane += kLanes<Tile, A>) {
+            if (grad_query < fetched) {
+                __builtin_prefetch(grad_query, 1);
+                __builtin_prefetch(grad_query + kLine<A>, 1);
+                grad_query += 2 * kLine<A>;
+            }
             V weight[2], grad[2];
 #pragma GCC unroll 2
             for (int64_t i = 0; i < 2; ++i) {
@@ -206,48 +224,45 @@ ALWAYS_INLINE void differentiate(const Backward<T>& w, const BackwardSpace<Tile,
     }
 }
 
-// Keys and values of a block of a page, in the three shapes that products take.
-template <class E>
+// Keys and values of a block of a page in the three shapes that products take, and their gradients so far.
+template <class E, class A>
 struct Block {
     Matrix<const E> keys, values, keys_down;
-    int64_t count;
+    A *grad_keys, *grad_values;   // (count, width)
+    int64_t page, offset, count;  // offset of the first row in the pools
 };
 
-// Adds what one sample's rows contribute to a block of keys, and the block to the rows' query gradients.
+// Adds what `rows` packed rows from `at` on contribute to a block of keys, and the block to the rows' query gradients.
 template <class Tile, class T>
-ALWAYS_INLINE void visit_sample(const Backward<T>& w, const BackwardSpace<Tile, T>& space,
-                                const Block<operand_t<Tile, T>>& block, int64_t head, const Slot& slot) {
+ALWAYS_INLINE void visit_rows(const Backward<T>& w, const BackwardSpace<Tile, T>& space,
+                              const Block<operand_t<Tile, T>, accumulate_t<T>>& block, int64_t at, int64_t rows,
+                              accumulate_t<T>* grad_query) {
     using A = accumulate_t<T>;
     using E = operand_t<Tile, T>;
     constexpr int64_t R = kStrip<A>, kRow = BackwardSpace<Tile, T>::kBlockRows;
     constexpr bool kPairs = std::is_same_v<E, Pair>;
-    const Sample& sample = w.plan.samples[slot.sample];
     const int64_t dims = w.p.head_dim, width = w.plan.width, count = block.count, depth = elements<E>(dims);
     const E* weights = reinterpret_cast<const E*>(space.weights.get());
     const E* grad_scores = reinterpret_cast<const E*>(space.grad_scores.get());
-    for (int64_t first = 0; first < sample.padded_rows; first += kRow) {
-        const int64_t rows = std::min(kRow, sample.padded_rows - first);
-        const int64_t at = head * w.plan.rows + sample.row_begin + first;
-        for (int64_t r = 0; r < rows; r += R) {
-            multiply_long<Tile, Start::zero, R, true, E, A>(block.keys,
-                                                            {w.template across<const E>(w.query_across, at + r), R},
-                                                            {space.scores.get(), R}, count, R, depth);
-            multiply_long<Tile, Start::zero, R, true, E, A>(block.values,
-                                                            {w.template across<const E>(w.grad_across, at + r), R},
-                                                            {space.grads.get(), R}, count, R, depth);
-            differentiate<Tile>(w, space, count, at + r, r);
-            const E* across = kPairs ? space.grad_pairs.get() : grad_scores + r;
-            A* grad_query = w.partial.get() + (head * w.ownership.slot_rows + slot.row_begin + first + r) * dims;
-            multiply_long<Tile, Start::add, R, false, E, A>(block.keys_down, {across, kPairs ? R : kRow},
-                                                            {grad_query, R}, dims, R, elements<E>(count));
-        }
-        multiply_long<Tile, Start::add, 0, true, E, A>(
-            {weights, elements<E>(kRow)}, {w.template down<const E>(w.grad_down, at), width},
-            {space.grad_values.get(), width}, count, width, elements<E>(rows));
-        multiply_long<Tile, Start::add, 0, true, E, A>({grad_scores, elements<E>(kRow)},
-                                                       {w.template down<const E>(w.query_down, at), width},
-                                                       {space.grad_keys.get(), width}, count, width, elements<E>(rows));
+    for (int64_t r = 0; r < rows; r += R) {
+        A* grad_strip = grad_query + r * dims;
+        multiply_long<Tile, Start::zero, R, true, E, A>(block.keys,
+                                                        {w.template across<const E>(w.query_across, at + r), R},
+                                                        {space.scores.get(), R}, count, R, depth);
+        multiply_long<Tile, Start::zero, R, true, E, A>(block.values,
+                                                        {w.template across<const E>(w.grad_across, at + r), R},
+                                                        {space.grads.get(), R}, count, R, depth);
+        differentiate<Tile>(w, space, count, at + r, r, grad_strip);
+        const E* across = kPairs ? space.grad_pairs.get() : grad_scores + r;
+        multiply_long<Tile, Start::add, R, false, E, A>(block.keys_down, {across, kPairs ? R : kRow}, {grad_strip, R},
+                                                        dims, R, elements<E>(count));
     }
+    multiply_long<Tile, Start::add, 0, true, E, A>({weights, elements<E>(kRow)},
+                                                   {w.template down<const E>(w.grad_down, at), width},
+                                                   {block.grad_values, width}, count, width, elements<E>(rows));
+    multiply_long<Tile, Start::add, 0, true, E, A>({grad_scores, elements<E>(kRow)},
+                                                   {w.template down<const E>(w.query_down, at), width},
+                                                   {block.grad_keys, width}, count, width, elements<E>(rows));
 }
 
 template <class T, class A = accumulate_t<T>>
@@ -257,46 +272,81 @@ ALWAYS_INLINE void store_rows(const A* from, int64_t count, int64_t head_dim, in
     }
 }
 
-// All gradients through one page of one key head.
-template <class Tile, class T>
-ALWAYS_INLINE void differentiate_page(const Backward<T>& w, const BackwardSpace<Tile, T>& space, const Chunk& chunk,
-                                      int64_t page, int64_t head) {
-    using A = accumulate_t<T>;
+// The block of keys from `begin` on of a page, of one key head, in part `part` of the space.
+template <class Tile, class T, class E = operand_t<Tile, T>, class A = accumulate_t<T>>
+ALWAYS_INLINE Block<E, A> open_block(const Backward<T>& w, const BackwardSpace<Tile, T>& space, int64_t head,
+                                     int64_t page, int64_t begin, int64_t part) {
     const PagedAttentionParams<T>& p = w.p;
-    const int64_t width = w.plan.width, length = p.page_lengths[page];
-    for (int64_t begin = 0; begin < length; begin += kBlockKeys) {
-        const int64_t count = std::min(kBlockKeys, length - begin);
-        const int64_t offset = ((page * p.key_heads + head) * p.page_size + begin) * p.head_dim;
-        const PageRows<Tile, T> keys{p.key_pages + offset, count, p.head_dim, space.keys.get()};
-        const PageRows<Tile, T> values{p.value_pages + offset, count, p.head_dim, space.values.get()};
-        const PageRows<Tile, T> keys_down{p.key_pages + offset, count, p.head_dim, space.keys_down.get()};
-        const Block<operand_t<Tile, T>> block{keys.along_dims(), values.along_dims(), keys_down.along_keys(), count};
-        std::fill(space.grad_keys.get(), space.grad_keys.get() + kBlockKeys * width, A{0});
-        std::fill(space.grad_values.get(), space.grad_values.get() + kBlockKeys * width, A{0});
-        for (int64_t u = w.ownership.user_begin[page]; u < w.ownership.user_begin[page + 1]; ++u) {
-            const auto slot = std::lower_bound(chunk.slots.begin(), chunk.slots.end(), w.ownership.users[u],
-                                               [](const Slot& s, int64_t sample) { return s.sample < sample; });
-            visit_sample<Tile>(w, space, block, head, *slot);
-        }
-        store_rows(space.grad_keys.get(), count, p.head_dim, width, static_cast<A>(std::abs(p.scale)),
-                   w.b.grad_key_pages + offset);
-        store_rows(space.grad_values.get(), count, p.head_dim, width, A{1}, w.b.grad_value_pages + offset);
-    }
+    const int64_t size = kBlockKeys * w.plan.width, count = std::min(kBlockKeys, p.page_lengths[page] - begin);
+    const int64_t offset = ((page * p.key_heads + head) * p.page_size + begin) * p.head_dim;
+    const PageRows<Tile, T> keys{p.key_pages + offset, count, p.head_dim, space.keys.get() + part * size};
+    const PageRows<Tile, T> values{p.value_pages + offset, count, p.head_dim, space.values.get() + part * size};
+    const PageRows<Tile, T> keys_down{p.key_pages + offset, count, p.head_dim, space.keys_down.get() + part * size};
+    A *grad_keys = space.grad_keys.get() + part * size, *grad_values = space.grad_values.get() + part * size;
+    std::fill(grad_keys, grad_keys + size, A{0});
+    std::fill(grad_values, grad_values + size, A{0});
+    return {
+        keys.along_dims(), values.along_dims(), keys_down.along_keys(), grad_keys, grad_values, page, offset, count};
 }
 
-// Task: key head of a chunk of pages.
+template <class Tile, class T, class E, class A>
+ALWAYS_INLINE void close_block(const Backward<T>& w, const Block<E, A>& block) {
+    const PagedAttentionParams<T>& p = w.p;
+    store_rows(block.grad_keys, block.count, p.head_dim, w.plan.width, static_cast<A>(std::abs(p.scale)),
+               w.b.grad_key_pages + block.offset);
+    store_rows(block.grad_values, block.count, p.head_dim, w.plan.width, A{1}, w.b.grad_value_pages + block.offset);
+}
+
+// One sample's rows against the blocks that it lists, as often as it lists them. `begun` says whether the slot holds a
+// share already; returns whether it does afterwards.
+template <class Tile, class T>
+ALWAYS_INLINE bool visit_sample(const Backward<T>& w, const BackwardSpace<Tile, T>& space,
+                                const Block<operand_t<Tile, T>, accumulate_t<T>>* blocks, int64_t taken, int64_t head,
+                                const Slot& slot, bool begun) {
+    using A = accumulate_t<T>;
+    constexpr int64_t kRows = BackwardSpace<Tile, T>::kBlockRows;
+    const Sample& sample = w.plan.samples[slot.sample];
+    int64_t times[kBlocksAtOnce], all = 0;
+    for (int64_t t = 0; t < taken; ++t) all += times[t] = w.ownership.listed(blocks[t].page, slot.sample);
+    if (all == 0) return begun;
+    for (int64_t first = 0; first < sample.padded_rows; first += kRows) {
+        const int64_t rows = std::min(kRows, sample.padded_rows - first);
+        A* grad_query = w.partial.get() + (head * w.ownership.slot_rows + slot.row_begin + first) * w.p.head_dim;
+        if (!begun) std::fill(grad_query, grad_query + rows * w.p.head_dim, A{0});
+        for (int64_t t = 0; t < taken; ++t) {
+            for (int64_t i = 0; i < times[t]; ++i) {
+                visit_rows<Tile>(w, space, blocks[t], head * w.plan.rows + sample.row_begin + first, rows, grad_query);
+            }
+        }
+    }
+    return true;
+}
+
+// Task: key head of a chunk of pages. Blocks of keys are taken a few at a time: what a sample's rows bring along is
+// read once for all of them.
 struct PageTask {
     template <class Tile, class T>
     ALWAYS_INLINE static void run(const Backward<T>& w, int64_t task) {
         using A = accumulate_t<T>;
         const int64_t head = task % w.p.key_heads;
         const Chunk& chunk = w.ownership.chunks[task / w.p.key_heads];
-        for (const Slot& slot : chunk.slots) {
-            A* rows = w.partial.get() + (head * w.ownership.slot_rows + slot.row_begin) * w.p.head_dim;
-            std::fill(rows, rows + w.plan.samples[slot.sample].padded_rows * w.p.head_dim, A{0});
-        }
         const BackwardSpace<Tile, T> space(w.plan.width);
-        for (const int64_t page : chunk.pages) differentiate_page<Tile>(w, space, chunk, page, head);
+        std::vector<bool> begun(chunk.slots.size());
+        Block<operand_t<Tile, T>, A> blocks[kBlocksAtOnce];
+        int64_t taken = 0;
+        for (size_t i = 0; i < chunk.pages.size(); ++i) {
+            const int64_t page = chunk.pages[i], length = w.p.page_lengths[page];
+            for (int64_t begin = 0; begin < length; begin += kBlockKeys) {
+                blocks[taken] = open_block<Tile>(w, space, head, page, begin, taken);
+                const bool last = i + 1 == chunk.pages.size() && begin + kBlockKeys >= length;
+                if (++taken < kBlocksAtOnce && !last) continue;
+                for (size_t s = 0; s < chunk.slots.size(); ++s) {
+                    begun[s] = visit_sample<Tile>(w, space, blocks, taken, head, chunk.slots[s], begun[s]);
+                }
+                for (int64_t t = 0; t < taken; ++t) close_block<Tile>(w, blocks[t]);
+                taken = 0;
+            }
+        }
     }
 };
 

@@ -41,7 +41,7 @@ struct Forward {
     Scratch<T> turned = rotated_queries(p);  // (M, Hq, D)
     // Per split, key head and packed row: the unnormalised output as strips of (D, kStrip), the largest exponent, and
     // the sum of weights below it.
-    Scratch<A> partial{plan.splits * p.key_heads * plan.rows * p.head_dim};
+    LargeScratch<A> partial{plan.splits * p.key_heads * plan.rows * p.head_dim};
     Scratch<A> largest{plan.splits * p.key_heads * plan.rows};
     Scratch<A> total{plan.splits * p.key_heads * plan.rows};
     // For the page mass. Per key head, sample, listing and row: the largest exponent so far, the page's sum below it.

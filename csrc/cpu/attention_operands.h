@@ -4,10 +4,41 @@
 // others they are converted first.
 #pragma once
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "cpu/attention_plan.h"
 #include "cpu/products.h"
 
 namespace hourllava_ext {
+
+// Scratch that may take many megabytes, then on huge pages where the system grants them: to map and clear small ones on
+// first touch took a tenth of a backward.
+template <class A>
+class LargeScratch {
+  public:
+    explicit LargeScratch(int64_t count) : data_(nullptr, Free{alignment_of(count)}) {
+        const size_t bytes = std::max<int64_t>(count, 1) * sizeof(A);
+        data_.reset(static_cast<A*>(::operator new(bytes, data_.get_deleter().alignment)));
+#if defined(__linux__)
+        // Advice: where it is not taken, pages are small.
+        if (alignment_of(count) == kHugePage) madvise(data_.get(), bytes, MADV_HUGEPAGE);
+#endif
+    }
+    A* get() const { return data_.get(); }
+
+  private:
+    static constexpr std::align_val_t kHugePage{size_t{1} << 21}, kCacheLine{64};
+    static std::align_val_t alignment_of(int64_t count) {
+        return count * sizeof(A) < 2 * static_cast<size_t>(kHugePage) ? kCacheLine : kHugePage;
+    }
+    struct Free {
+        std::align_val_t alignment;
+        void operator()(A* p) const { ::operator delete(p, alignment); }
+    };
+    std::unique_ptr<A, Free> data_;
+};
 
 // Pairs where the tier multiplies them, else the type of sums.
 template <class Tile, class T>
