@@ -161,7 +161,10 @@ class ShardFiles:
         """When each file of the cache was read last, its size, and its path."""
         for shard in self.shards:
             path = self.local / shard.file
-            for file in (path, _part(path)):
+            for file in (
+                _part(path),
+                path,
+            ):  # what is renamed meanwhile counts twice, not never
                 with contextlib.suppress(FileNotFoundError):
                     found = file.stat()
                     yield found.st_mtime, found.st_size, file
@@ -175,7 +178,9 @@ class ShardFiles:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     return False
-                path.unlink(missing_ok=True)
+                if not path.exists():
+                    return False  # it is finished, takes as much room, and has its own name
+                path.unlink()
         path.unlink(missing_ok=True)
         return True
 
