@@ -169,10 +169,10 @@ class ConversationDataset(Dataset):
         if held is not None:
             check_frames(medium.path, held.content, self.config.video_grid**2, self.config.vision_width)
             check_tower(medium.path, held.tower, self.tower)
-            return held.content[self._chosen(len(held.content))], held.seconds
+            return self._thinned(held.content), held.seconds
         if medium.kind == "features":
             features, seconds = read_features(medium.path, self.config, self.tower)
-            return features[self._chosen(len(features))], seconds
+            return self._thinned(features), seconds
         reader = open_video(medium.path)
         chosen = self._chosen(reader.frames_expected)
         frames = torch.empty(len(chosen), 3, self.config.tile_size, self.config.tile_size, dtype=torch.uint8)
@@ -182,6 +182,10 @@ class ConversationDataset(Dataset):
             frames[taken : taken + len(inside)] = chunk.frames[inside]
             first, taken = first + len(chunk.frames), taken + len(inside)
         return frames, reader.duration
+
+    def _thinned(self, features: Tensor) -> Tensor:
+        chosen = self._chosen(len(features))
+        return features if len(chosen) == len(features) else features[chosen]
 
     def _chosen(self, frames: int) -> Tensor:
         return spread_frames(frames, min(frames, self.max_frames or frames))

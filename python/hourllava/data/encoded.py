@@ -88,5 +88,5 @@ def _read_memory(path: Path, tower: str | None) -> tuple[Tensor, float]:
     features = torch.empty(video.frames, video.per_frame, video.feature_width, dtype=dtype)
     for segment in repository.catalogue.segments(path.name):
         if segment.first + segment.frames <= video.frames:  # what was appended since is for the next time
-            features[segment.first : segment.first + segment.frames] = repository.features(video, segment)
+            repository.read_into(features[segment.first : segment.first + segment.frames], video, segment)
     return features, float(video.frames)
