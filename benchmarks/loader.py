@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading training samples against plainly reading the bytes of the same files, in one run.
 
-`python -m benchmarks.loader [--rounds 5] [--workers 0 2]`. All files are in the page cache for both, so that this is
-what loading costs beside the disk.
+    python -m benchmarks.loader [--rounds 5] [--workers 0 2]
+
+All files are in the page cache for both, so that this is what loading costs beside the disk: checksums, conversion,
+decoding, tokens, and with workers the way to the process that trains. A round of each kind and number of workers after
+the other, as often as there are rounds, so that what else the machine does falls on all alike.
 """
 
 import argparse
@@ -11,9 +14,9 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from PIL import Image
@@ -22,6 +25,7 @@ from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from benchmarks.keep import keep
 from benchmarks.suite import machine
 from hourllava.data import Film
 from hourllava.data.collator import Collator
@@ -35,6 +39,7 @@ from hourllava.model import HourLlavaConfig
 
 FRAMES, TOKENS, WIDTH = 256, 64, 1152  # of a video's features, as so400m gives them after pooling
 SEGMENT = 128  # frames
+PLAIN = "plain reading"
 
 
 @dataclass(frozen=True)
@@ -142,42 +147,60 @@ def load_seconds(case: Case, workers: int) -> float:
 
 def read_seconds(case: Case) -> float:
     """Seconds to read a sample's share of the files into memory."""
-    reads = max(len(case.files), case.loads)
+    times = -(-max(len(case.files), case.loads) // len(case.files))  # every file as often
     started = time.perf_counter()
-    for file in islice(cycle(case.files), reads):
+    for file in case.files * times:
         file.read_bytes()
-    return (time.perf_counter() - started) / reads * len(case.files) / len(case.dataset)
+    return (time.perf_counter() - started) / times / len(case.dataset)
 
 
-def measure(case: Case, rounds: int, workers: Sequence[int], table: Table) -> None:
-    megabytes = sum(file.stat().st_size for file in case.files) / len(case.dataset) / 1e6
-    plain = median(read_seconds(case) for _ in range(rounds)) if case.files else 0.0
+def measure(case: Case, rounds: int, workers: Sequence[int]) -> list[dict[str, Any]]:
+    """A row for each number of workers, and one for plain reading; medians of the rounds."""
+    ways: dict[str, Callable[[], float]] = {}
+    if case.files:
+        ways[PLAIN] = lambda: read_seconds(case)
     for count in workers:
-        seconds = median(load_seconds(case, count) for _ in range(rounds))
-        row = [case.name, str(count), f"{1 / seconds:.1f}"]
-        if case.files:
-            row += [
-                f"{megabytes:.2f}",
-                f"{megabytes / seconds:.1f}",
-                f"{megabytes / plain:.0f}",
-                f"{seconds / plain:.0f}",
-            ]
+        ways[f"{count} workers"] = lambda count=count: load_seconds(case, count)  # type: ignore[misc]
+    taken: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way, run in ways.items():
+            taken[way].append(run())
+    megabytes = sum(file.stat().st_size for file in case.files) / len(case.dataset) / 1e6
+    return [
+        {"sample": case.name, "way": way, "megabytes": megabytes, "median": median(seconds), "seconds": seconds}
+        for way, seconds in taken.items()
+    ]
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    """Print a table, a row for each way."""
+    where = machine()
+    table = Table(title=f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}")
+    for name in ("sample", "way", "samples/s", "MB a sample", "MB/s", "times plain reading"):
+        table.add_column(name, justify="left" if name in ("sample", "way") else "right")
+    plain = {one["sample"]: one["median"] for one in results if one["way"] == PLAIN}
+    last = ""
+    for one in results:
+        row = [one["sample"] if one["sample"] != last else "", one["way"], f"{1 / one['median']:.1f}"]
+        if one["megabytes"]:
+            row += [f"{one['megabytes']:.2f}", f"{one['megabytes'] / one['median']:.0f}"]
+            row.append(f"{one['median'] / plain[one['sample']]:.1f}")
+        last = one["sample"]
         table.add_row(*row)
+    Console(width=120).print(table)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="the median of so many is shown")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="processes that load")
     options = parser.parse_args()
-    where = machine()
-    table = Table(title=f"{where['cpu']}, {where['threads']} threads")
-    for name in ("sample", "workers", "samples/s", "MB", "MB/s", "plain reading, MB/s", "times its time"):
-        table.add_column(name, justify="left" if name == "sample" else "right")
+    results: list[dict[str, Any]] = []
     for name, (_, loads) in tqdm(KINDS.items(), "loading", unit="kind"):
         with tempfile.TemporaryDirectory() as folder:
-            measure(make_case(name, Path(folder), loads), options.rounds, options.workers, table)
-    Console(width=140).print(table)
+            results += measure(make_case(name, Path(folder), loads), options.rounds, options.workers)
+    show(results)
+    print(keep("loader", results))
 
 
 if __name__ == "__main__":

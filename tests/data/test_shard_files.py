@@ -2,6 +2,7 @@
 """Shards from elsewhere: a folder, a store that fails now and then, and a cache that is never too large."""
 
 import contextlib
+import fcntl
 import multiprocessing
 import time
 from itertools import pairwise
@@ -18,12 +19,14 @@ from hourllava.errors import DataError
 
 def cached(folder):
     """Bytes of the shards that a cache holds, unfinished ones included."""
-    total = 0
-    for path in folder.iterdir():
-        if ".mds" in path.name and path.suffix != ".lock":
-            with contextlib.suppress(FileNotFoundError):  # another process made room
-                total += path.stat().st_size
-    return total
+    sizes = {}
+    with (folder / ".room.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # or what goes and what comes while it is counted would both count
+        for path in folder.iterdir():
+            if ".mds" in path.name and path.suffix != ".lock":
+                with contextlib.suppress(FileNotFoundError):  # it was finished meanwhile, and has its own name now
+                    sizes[path.name.lstrip(".").removesuffix(".part")] = path.stat().st_size
+    return sum(sizes.values())
 
 
 @pytest.mark.parametrize("remote", ["folder", "store"])

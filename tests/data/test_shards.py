@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples in shards: what goes in comes out, in an order that can be gone on with exactly."""
 
+import hashlib
+import io
 import json
 import pickle
+import struct
 from pathlib import Path
 
 import pytest
@@ -10,12 +13,14 @@ import torch
 from mds_by_hand import Evil, conversation, jpeg, numbers, texts, write_by_hand, write_index
 from memories import SmallWriter, full_disk, make_frames
 from PIL import Image
+from rich.console import Console
 from tiny_model import make_model
 
 from hourllava.data.collator import Collator
 from hourllava.data.dataset import ConversationDataset
+from hourllava.data.failures import TRIES, FailureLog
 from hourllava.data.samples import Media
-from hourllava.data.shards import ShardCollator, ShardDataset, ShardLoader, write_shards
+from hourllava.data.shards import ShardDataset, ShardLoader, write_shards
 from hourllava.errors import DataError, MemoryFileError
 from hourllava.memory import Embedding, Repository, packed_features, unpack_features
 from hourllava.model import FrameWriter
@@ -165,14 +170,95 @@ def test_rows_that_are_no_samples(tmp_path):
             ShardDataset(tmp_path / str(number))[0]
 
 
-def test_features_of_another_tower(tmp_path, repository):
-    samples = [conversation(7, Media("features", repository.folder / "film.mp4", "film.mp4")), conversation(8)]
-    write_shards(samples, tmp_path / "shards")
-    assert ShardDataset(tmp_path / "shards", tower=SmallWriter().tower_fingerprint())[0].held[0] is not None
-    other = ShardDataset(tmp_path / "shards", tower="another")
-    assert other[1].sample.id == "id 8"
-    with pytest.raises(DataError, match=r"sample 0: another tower made the features of sample id 7; embed the videos"):
-        other[0]
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+def conversations_of(model, **options):
+    return ConversationDataset([], model.tokenizer, model.config, **options)
+
+
+def embed(model, folder, name="film.mp4"):
+    """A repository that holds 40 s of a video."""
+    writer, repository = FrameWriter(model), Repository(folder)
+    with Embedding(repository, name, writer) as embedding:
+        embedding.append_features(torch.randn(40, writer.shape.per_frame, writer.feature_width))
+        embedding.commit()
+    return Media("features", folder / name, name)
+
+
+@pytest.mark.parametrize("features", ["inside", "path"])
+def test_features_of_another_tower(tmp_path, model, features):
+    write_shards([conversation(7, embed(model, tmp_path / "memories")), conversation(8)], tmp_path / "shards", features)
+    mine, other = (FrameWriter(one).tower_fingerprint() for one in (model, make_model(seed=1)))
+    same = ShardDataset(tmp_path / "shards", conversations=conversations_of(model, tower=mine))
+    assert [len(item["pixel_values"]) for item in same] == [1, 0]
+    read = ShardDataset(tmp_path / "shards", conversations=conversations_of(model, tower=other))
+    assert not read[1]["pixel_values"]
+    why = r"^data.json:7 \(id id 7\): .*film.mp4: another tower made these features; make them with this model's tower"
+    with pytest.raises(DataError, match=why):
+        read[0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_samples_that_fail_are_told_and_replaced(tmp_path, model, workers):
+    """Four of forty fail: three that show what is not there, and one in a shard that has lost it."""
+    samples = texts(40)
+    for number in (3, 4, 39):
+        samples[number] = conversation(number, Media("features", tmp_path / f"{number}.pt"))
+    write_shards(samples, tmp_path / "shards", "path", size_limit=1200)
+    dataset = ShardDataset(tmp_path / "shards")
+    lost = int(dataset._ends[2]) - 1
+    damage_the_last(tmp_path / "shards", 2)
+    failures = FailureLog(tmp_path / "failures.jsonl", limit=0.12)
+    dataset = ShardDataset(tmp_path / "shards", batch_size=8, conversations=conversations_of(model, failures=failures))
+    given = [model.tokenizer.decode(item["input_ids"]) for batch in ShardLoader(dataset, workers) for item in batch]
+    stand_ins = {3: 5, 4: 5, 39: 0, lost: lost + 1}
+    assert len(given) == 40
+    for number, text in enumerate(given):
+        assert f"Ä {stand_ins.get(number, number)}<" in text
+    assert (failures.tried, failures.failed) == (45, 5)  # 4 fails in place of 3, and again for itself
+    entries = sorted((entry["id"], entry["why"]) for entry in failures.entries())
+    place = f"{tmp_path / 'shards' / 'shard.00002.mds'} sample {lost - int(dataset._ends[1])}"
+    assert [identity for identity, _ in entries] == sorted(["id 3", "id 39", "id 4", "id 4", place])
+    assert all("it cannot be read" in why or "it is damaged" in why for _, why in entries)
+    shown = io.StringIO()
+    Console(file=shown, width=200).print(failures.summary())
+    assert all(word in shown.getvalue() for word in ("4 samples were left out", "data.json:3 (id id 3)", "sample"))
+    failures.limit = 0.05
+    with pytest.raises(DataError, match=r"samples could not be loaded, more than 5\.0%") as caught:
+        list(ShardLoader(dataset, workers))
+    assert "\n" not in str(caught.value)
+
+
+def damage_the_last(folder, shard):
+    """Make the last sample of a shard say that it holds more than it does, and let the index know the shard so."""
+    index = json.loads((folder / "index.json").read_text())
+    raw = index["shards"][shard]["raw_data"]
+    path = folder / raw["basename"]
+    data = bytearray(path.read_bytes())
+    (start,) = struct.unpack_from("<I", data, 4 * index["shards"][shard]["samples"])
+    data[start : start + 4] = struct.pack("<I", 1 << 20)
+    path.write_bytes(data)
+    raw["hashes"] = {"sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+def test_a_shard_that_is_gone(tmp_path, model):
+    """Its samples have a cause in common, which is told instead of going on."""
+    write_shards(texts(60), tmp_path / "shards", size_limit=3000)
+    failures = FailureLog(tmp_path / "failures.jsonl", limit=1.0)
+    dataset = ShardDataset(tmp_path / "shards", conversations=conversations_of(model, failures=failures))
+    gone = tmp_path / "shards" / "shard.00001.mds"
+    gone.unlink()
+    assert int(dataset._ends[1] - dataset._ends[0]) >= TRIES
+    with pytest.raises(DataError, match=f"{gone}: there is no such file, .*; so do the {TRIES - 1} samples after it"):
+        dataset[int(dataset._ends[0])]
+    assert [entry["what"] for entry in failures.entries()] == [str(gone)] * TRIES
+    assert dataset[0]["input_ids"].numel()
+    with pytest.raises(IndexError):
+        dataset[60]
 
 
 def test_order(shards):
@@ -276,26 +362,20 @@ def test_an_image_that_is_none(tmp_path):
         write_shards([conversation(0, Media("image", tmp_path / "image.jpg"))], tmp_path / "shards")
 
 
-def test_batches_are_those_of_the_files(tmp_path):
+def test_batches_are_those_of_the_files(tmp_path, model):
     """Training from shards sees what training from the files sees."""
-    model = make_model()
-    writer = FrameWriter(model)
-    repository = Repository(tmp_path / "memories")
-    with Embedding(repository, "film.mp4", writer) as embedding:
-        embedding.append_features(torch.randn(40, writer.shape.per_frame, writer.feature_width))
-        embedding.commit()
+    film, tower = embed(model, tmp_path / "memories"), FrameWriter(model).tower_fingerprint()
     Image.new("RGB", (90, 60), "red").save(tmp_path / "image.jpg")
-    film = Media("features", repository.folder / "film.mp4", "film.mp4")
     image = Media("image", tmp_path / "image.jpg")
     samples = [conversation(0, film), conversation(1, image), conversation(2), conversation(3, image, image)]
     write_shards(samples, tmp_path / "inside")
     write_shards(samples, tmp_path / "paths", features="path")
     conversations = ConversationDataset(samples, model.tokenizer, model.config)
-    collate = ShardCollator(conversations, Collator(model.tokenizer))
-    expected = Collator(model.tokenizer)([conversations[number] for number in range(4)])
+    collate = Collator(model.tokenizer)
+    expected = collate([conversations[number] for number in range(4)])
     for folder in ("inside", "paths"):
-        tower = writer.tower_fingerprint()
-        (batch,) = ShardLoader(ShardDataset(tmp_path / folder, batch_size=4, tower=tower), 1, collate)
+        shards = ShardDataset(tmp_path / folder, batch_size=4, conversations=conversations_of(model, tower=tower))
+        (batch,) = ShardLoader(shards, 1, collate)
         assert batch.keys() == expected.keys()
         for key in ("input_ids", "attention_mask", "labels"):
             assert torch.equal(batch[key], expected[key])

@@ -30,7 +30,7 @@ from hourllava.train import training as training_module
 from hourllava.train.groups import choose_parameters, learning_rates, merge_adapters, optimizer_groups
 from hourllava.train.report import MEMORY, SECONDS, TOKENS
 from hourllava.train.resume import checkpoints
-from hourllava.train.streams import ShardConversations, ShardSampler
+from hourllava.train.streams import ShardSampler
 from hourllava.train.training import StoppedError, load_model
 
 STEPS = 5
@@ -340,15 +340,15 @@ def test_shards_train_and_go_on(base: Path, tmp_path: Path, monkeypatch: pytest.
     recipe = make_recipe(base, data=str(tmp_path / "shards"), max_steps=4)
     train(recipe, tmp_path / "whole")
     taken: list[int] = []
-    read = ShardConversations.__getitem__
+    read = ShardDataset.__getitem__
 
-    def end_at_the_third(self: ShardConversations, number: int) -> Any:
+    def end_at_the_third(self: ShardDataset, number: int) -> Any:
         taken.append(number)
         if len(taken) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return read(self, number)
 
-    monkeypatch.setattr(ShardConversations, "__getitem__", end_at_the_third)
+    monkeypatch.setattr(ShardDataset, "__getitem__", end_at_the_third)
     with pytest.raises(StoppedError, match="checkpoint-2 is saved"):
         train(recipe, tmp_path / "parts")
     assert len(set(taken)) == 4

@@ -21,13 +21,12 @@ from hourllava.model.media import read_image
 from hourllava.model.prompt import encode_turns, tell_time, time_instruction
 from hourllava.video import open_video
 
-from .encoded import first_tower, read_features
+from .encoded import check_tower, check_towers, first_tower, read_features
 from .failures import FailureLog
 from .original import check_frames
 from .samples import Media, Sample
 
 VISUAL_WORDS = 128  # what an image or a video adds to a sample's length in words (SPEC C.6)
-TRIES = 16  # samples that may fail in a row before their common cause is reported
 _CHUNK = 32  # frames that are decoded at a time
 
 
@@ -47,6 +46,7 @@ class Held:
 
     content: Any  # features (T, N, Cv), or an image that PIL has opened
     seconds: float = 0.0  # that a video lasts
+    tower: str = ""  # fingerprint of what made the features, if it is known
 
 
 class ConversationDataset(Dataset):
@@ -60,9 +60,12 @@ class ConversationDataset(Dataset):
         tokenizer: with a token for `<image>`.
         config: the model's.
         failures: None lets a sample that fails raise.
-        tower: fingerprint that features in repositories must have (`tower_fingerprint` of the model that embeds); None
-            takes that of the first that is found, so that at least all come from one.
+        tower: fingerprint of the tower that features must be of (`tower_fingerprint` of the model); None takes that of
+            the first that is found, so that at least all come from one. Of .pt files only the sizes are known.
         max_frames: take at most so many frames of a video, spread evenly (SPEC C.4).
+
+    Raises:
+        DataError: a sample's features, as the catalogue of their repository has them, are of another tower.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class ConversationDataset(Dataset):
         self.failures, self.max_frames = failures, max_frames
         encoded = [medium.path for sample in samples for medium in sample.media if medium.kind == "features"]
         self.tower = tower or first_tower(encoded)
+        check_towers(samples, self.tower)
         if failures is not None:
             failures.expect(len(samples))
 
@@ -108,18 +112,7 @@ class ConversationDataset(Dataset):
         """
         if self.failures is None:
             return self.load(number)
-        failed = []
-        for candidate in self._stand_ins(number):
-            try:
-                item = self.load(candidate)
-            except DataError as error:
-                failed.append(error)
-                self.failures.record(self.samples[candidate].id, error)
-            else:
-                self.failures.loaded()
-                return item
-        first = failed[0]
-        raise DataError(first.what, f"{first.why}; so do the {len(failed) - 1} samples after it fail", first.todo)
+        return self.failures.first_sound(self._stand_ins(number), self.load, lambda one: self.samples[one].id)
 
     def load(self, number: int) -> Item:
         """The item of a sample itself.
@@ -141,8 +134,7 @@ class ConversationDataset(Dataset):
         try:
             return self._item(sample, held or [None] * len(sample.media))
         except HourLlavaError as error:
-            what = sample.source if sample.id == sample.source else f"{sample.source} (id {sample.id})"
-            raise DataError(what, f"{error.what}: {error.why}", error.todo) from error
+            raise DataError(sample.named, f"{error.what}: {error.why}", error.todo) from error
 
     def _item(self, sample: Sample, held: Sequence[Held | None]) -> Item:
         turns = list(sample.turns)
@@ -176,10 +168,11 @@ class ConversationDataset(Dataset):
         """Frames (n, 3, S, S) uint8 or features (n, N, Cv), one a second, and the seconds that the video lasts."""
         if held is not None:
             check_frames(medium.path, held.content, self.config.video_grid**2, self.config.vision_width)
-            return held.content[self._chosen(len(held.content))], held.seconds
+            check_tower(medium.path, held.tower, self.tower)
+            return self._thinned(held.content), held.seconds
         if medium.kind == "features":
             features, seconds = read_features(medium.path, self.config, self.tower)
-            return features[self._chosen(len(features))], seconds
+            return self._thinned(features), seconds
         reader = open_video(medium.path)
         chosen = self._chosen(reader.frames_expected)
         frames = torch.empty(len(chosen), 3, self.config.tile_size, self.config.tile_size, dtype=torch.uint8)
@@ -189,6 +182,10 @@ class ConversationDataset(Dataset):
             frames[taken : taken + len(inside)] = chunk.frames[inside]
             first, taken = first + len(chunk.frames), taken + len(inside)
         return frames, reader.duration
+
+    def _thinned(self, features: Tensor) -> Tensor:
+        chosen = self._chosen(len(features))
+        return features if len(chosen) == len(features) else features[chosen]
 
     def _chosen(self, frames: int) -> Tensor:
         return spread_frames(frames, min(frames, self.max_frames or frames))
@@ -212,11 +209,10 @@ class ConversationDataset(Dataset):
         return spatial_picks(self.config, torch.tensor([number]), (height, width))[0]
 
     def _stand_ins(self, number: int) -> Iterator[int]:
-        """A number, then those of the next samples of its modality, around the end, as often as is tried."""
+        """A number, then those of the next samples of its modality, around the end."""
         kind, count = self.modalities[number], len(self.samples)
         others = ((number + step) % count for step in range(1, count))
-        alike = (other for other in others if self.modalities[other] == kind)
-        return itertools.chain([number], itertools.islice(alike, TRIES - 1))
+        return itertools.chain([number], (other for other in others if self.modalities[other] == kind))
 
 
 def _modality(sample: Sample) -> str:

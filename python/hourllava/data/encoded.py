@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Features of videos that were encoded before: memories of a repository, and the original's .pt files (SPEC C.3)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from hourllava.memory import Repository
 from hourllava.model.configuration import HourLlavaConfig
 
 from .original import check_frames, read_original_features
+from .samples import Sample
 
 _EMBED = "make them with this model's tower: hourllava embed"
 
@@ -42,18 +43,50 @@ def first_tower(paths: Iterable[Path]) -> str | None:
     return None
 
 
+def check_towers(samples: Sequence[Sample], tower: str | None) -> None:
+    """Look up who made the features that samples name, in the catalogues of their repositories; no features are read.
+
+    Args:
+        samples: what is trained on.
+        tower: fingerprint that all must have; None takes any.
+
+    Raises:
+        DataError: there is another; names the first sample that has it.
+    """
+    if tower is None:
+        return
+    makers: dict[Path, dict[str, str]] = {}
+    for sample in samples:
+        for medium in sample.media:
+            folder = medium.path.parent
+            if medium.kind != "features" or medium.path.suffix == ".pt":
+                continue
+            if folder not in makers:
+                videos = Repository(folder).videos() if Repository.is_at(folder) else []
+                makers[folder] = {video.name: video.tower for video in videos}
+            try:
+                check_tower(medium.path, makers[folder].get(medium.path.name, ""), tower)
+            except DataError as error:
+                raise DataError(sample.named, f"{error.what}: {error.why}", error.todo) from error
+
+
+def check_tower(path: Path, maker: str, tower: str | None) -> None:
+    """Raise DataError if features, where it is known who made them, are of another tower than they have to be."""
+    if tower is not None and maker not in ("", tower):
+        raise DataError(path, "another tower made these features", _EMBED)
+
+
 def _read_memory(path: Path, tower: str | None) -> tuple[Tensor, float]:
     if not Repository.is_at(path.parent):
         raise DataError(path, "there is no repository of memories", "make one: hourllava embed")
     repository = Repository(path.parent)
     video = repository.catalogue.video(path.name)
-    if tower is not None and video.tower != tower:
-        raise DataError(path, "another tower made these features", _EMBED)
+    check_tower(path, video.tower, tower)
     if not video.frames:
         raise DataError(path, "not one frame of it is there", "let hourllava embed finish it")
     dtype = torch.bfloat16 if video.precision == "bfloat16" else torch.float32
     features = torch.empty(video.frames, video.per_frame, video.feature_width, dtype=dtype)
     for segment in repository.catalogue.segments(path.name):
         if segment.first + segment.frames <= video.frames:  # what was appended since is for the next time
-            features[segment.first : segment.first + segment.frames] = repository.features(video, segment)
+            repository.read_into(features[segment.first : segment.first + segment.frames], video, segment)
     return features, float(video.frames)

@@ -1,23 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples that cannot be used: written down, counted over all loading processes, and shown at the end."""
 
+import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 from torch.utils.data import get_worker_info
 
 from hourllava.errors import DataError, HourLlavaError
 
 LIMIT = 0.02
+TRIES = 16  # samples that may fail in a row before their common cause is reported
 _LEAST = 1000  # samples, or all if there are fewer, that the share is taken of at first
 _WORKERS = 256
 _SHOWN = 20
+
+T = TypeVar("T")
 
 
 class FailureLog:
@@ -43,6 +48,30 @@ class FailureLog:
             self.path.touch()
         except OSError as error:
             raise DataError(path, f"it cannot be written ({error.strerror})", "choose another place") from error
+
+    def first_sound(self, numbers: Iterable[int], load: Callable[[int], T], identify: Callable[[int], str]) -> T:
+        """What `load` gives of the first of some samples that does not fail; those before it are written down.
+
+        Args:
+            numbers: of the samples, the one that is wanted first; at most 16 are tried.
+            load: raises DataError for a sample that cannot be used.
+            identify: a sample's id.
+
+        Raises:
+            DataError: too many have failed, or all of these.
+        """
+        failed: list[DataError] = []
+        for number in itertools.islice(numbers, TRIES):
+            try:
+                found = load(number)
+            except DataError as error:
+                failed.append(error)
+                self.record(identify(number), error)
+            else:
+                self.loaded()
+                return found
+        first = failed[0]
+        raise DataError(first.what, f"{first.why}; so do the {len(failed) - 1} samples after it fail", first.todo)
 
     def expect(self, total: int) -> None:
         """Say how many samples there are."""
@@ -91,26 +120,15 @@ class FailureLog:
     def _stop(self, failed: int, total: int, verb: str) -> NoReturn:
         last = self.entries()[-1]
         why = f"{failed} of {total} samples could not be {verb}, more than {self.limit:.1%} ({self.path} lists them)"
-        raise DataError(last["what"], f"{last['why']}, and {why}", "correct them, or allow for more failures")
+        raise DataError(last["what"], f"{last['why']}, and {why}", "correct them, or allow for more (--failure-limit)")
 
     def entries(self) -> list[dict[str, str]]:
         """All that is written down: id, what, why and todo of each."""
-        with self.path.open(encoding="utf-8") as file:
-            return [json.loads(line) for line in file if line.endswith("\n")]
+        return _entries(self.path)
 
     def summary(self) -> Table | None:
         """A table of what failed, or None if nothing did."""
-        times = Counter((entry["what"], entry["why"]) for entry in self.entries())
-        if not times:
-            return None
-        table = Table(title=f"{len(times)} samples were left out", title_justify="left")
-        for name in ("sample", "why", "times"):
-            table.add_column(name, overflow="fold", justify="right" if name == "times" else "left")
-        for (what, why), count in list(times.items())[:_SHOWN]:
-            table.add_row(what, why, str(count))
-        if len(times) > _SHOWN:
-            table.add_row(f"and {len(times) - _SHOWN} more", f"in {self.path}", "")
-        return table
+        return failure_table([self.path])
 
     def _write(self, identity: str, error: HourLlavaError) -> None:
         fields = {"id": identity, "what": error.what, "why": error.why, "todo": error.todo}
@@ -125,3 +143,23 @@ class FailureLog:
     def _row(self) -> int:
         worker = get_worker_info()
         return 0 if worker is None else 1 + worker.id % (_WORKERS - 1)
+
+
+def failure_table(logs: Sequence[Path]) -> Table | None:
+    """What failed by some logs, those of several processes say, or None if nothing did."""
+    times = Counter((entry["what"], entry["why"]) for path in logs for entry in _entries(path))
+    if not times:
+        return None
+    table = Table(title=f"{len(times)} samples were left out", title_justify="left")
+    for name in ("sample", "why", "times"):
+        table.add_column(name, overflow="fold", justify="right" if name == "times" else "left")
+    for (what, why), count in list(times.items())[:_SHOWN]:
+        table.add_row(escape(what), escape(why), str(count))
+    if len(times) > _SHOWN:
+        table.add_row(f"and {len(times) - _SHOWN} more", escape(f"in {', '.join(map(str, logs))}"), "")
+    return table
+
+
+def _entries(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]

@@ -3,10 +3,13 @@
 
 `index.json` lists the shards. A shard is `uint32 n, uint32 offsets[n + 1]`, its columns as JSON, and n samples; a
 sample is the `uint32` sizes of those of its columns whose size varies, and then the columns, sorted by name. Numbers
-are little-endian. The library itself asks for transformers before 5 and numpy before 2.2, so that it cannot be
-installed beside this package; what is written here it reads, and the other way round. Nothing is ever unpickled.
+are little-endian, and a shard may be compressed as a whole. The library itself asks for transformers before 5 and numpy
+before 2.2, so that it cannot be installed beside this package; what is written here it reads, and the other way round.
+Nothing is ever unpickled.
 """
 
+import bz2
+import gzip
 import hashlib
 import json
 import os
@@ -23,6 +26,7 @@ INDEX = "index.json"
 VERSION = 2
 LARGEST = 2**32 - 1  # bytes of a shard, whose offsets are uint32
 HASH = "sha256"
+COMPRESSIONS = ("zstd", "gz", "bz2")
 GET_AGAIN = "get it again from where it came from, or write it again"
 
 
@@ -44,6 +48,8 @@ class Shard:
     samples: int
     columns: tuple[Column, ...]
     hashes: tuple[tuple[str, str], ...]  # name of the algorithm, hexadecimal digest
+    packed: str = ""  # the file that it is compressed to, relative to the index, if it is
+    compression: str = ""  # of that file
 
     @property
     def header_size(self) -> int:
@@ -59,7 +65,8 @@ def read_index(data: bytes, what: object) -> list[Shard]:
         what: its place, for messages.
 
     Raises:
-        DataError: it is damaged, of another version, lists compressed shards, or files outside its folder.
+        DataError: it is damaged, of another version, lists files outside its folder, or shards compressed in a way
+            that is not known.
     """
     try:
         index = json.loads(data)
@@ -76,19 +83,47 @@ def read_index(data: bytes, what: object) -> list[Shard]:
 def _shard(entry: dict[str, Any], what: object) -> Shard:
     if entry["format"] != "mds":
         raise DataError(what, f"its shards are {entry['format']}, not mds", "write them as MDS")
-    if entry.get("compression") or entry.get("zip_data"):
-        raise DataError(what, f"its shards are compressed ({entry.get('compression')})", "write them uncompressed")
-    file, raw = PurePosixPath(entry["raw_data"]["basename"]), entry["raw_data"]
-    if file.is_absolute() or ".." in file.parts or "\\" in str(file) or not file.name or file.name == INDEX:
-        raise DataError(what, f"it lists {file}, outside its folder", "do not use it: it may be hostile")
+    compression = str(entry.get("compression") or "").partition(":")[0]  # what follows is its level
+    if compression and compression not in COMPRESSIONS:
+        todo = f"write them uncompressed, or with one of {', '.join(COMPRESSIONS)}"
+        raise DataError(what, f"its shards are compressed with {compression}", todo)
+    raw = entry["raw_data"]
+    file = _file(raw["basename"], what)
+    packed = _file(entry["zip_data"]["basename"], what) if compression else ""
     names, encodings, sizes = entry["column_names"], entry["column_encodings"], entry["column_sizes"]
     columns = tuple(Column(str(n), str(e), s or None) for n, e, s in zip(names, encodings, sizes, strict=True))
     if not all(column.size is None or (isinstance(column.size, int) and column.size > 0) for column in columns):
         raise ValueError("sizes")
-    shard = Shard(str(file), int(raw["bytes"]), int(entry["samples"]), columns, tuple(sorted(raw["hashes"].items())))
+    hashes = tuple(sorted(raw["hashes"].items()))
+    shard = Shard(file, int(raw["bytes"]), int(entry["samples"]), columns, hashes, packed, compression)
     if shard.samples < 0 or not shard.header_size <= shard.size <= LARGEST:
         raise ValueError("bytes")
     return shard
+
+
+def _file(name: str, what: object) -> str:
+    file = PurePosixPath(name)
+    if file.is_absolute() or ".." in file.parts or "\\" in str(file) or not file.name or file.name == INDEX:
+        raise DataError(what, f"it lists {file}, outside its folder", "do not use it: it may be hostile")
+    return str(file)
+
+
+def unpacked(file: BinaryIO, compression: str) -> BinaryIO:
+    """What is in a compressed file, to be read from its beginning.
+
+    Raises:
+        DataError: zstandard is not installed. Reading raises what the library for it raises where it is damaged.
+    """
+    if compression == "gz":
+        return gzip.GzipFile(fileobj=file)  # type: ignore[return-value]
+    if compression == "bz2":
+        return bz2.BZ2File(file)  # type: ignore[return-value]
+    try:
+        import zstandard
+    except ImportError as error:
+        todo = "install the extra for it: pip install 'hourllava[streaming]'"
+        raise DataError("shards", "those compressed with zstd need zstandard", todo) from error
+    return zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
 
 
 def read_offsets(file: BinaryIO, shard: Shard) -> np.ndarray:

@@ -38,6 +38,11 @@ class Sample:
     source: str  # file:line or file#number, for messages
     stream: str = ""
 
+    @property
+    def named(self) -> str:
+        """How messages name it: by its place, and its id if it has one."""
+        return self.source if self.id == self.source else f"{self.source} (id {self.id})"
+
 
 @dataclass(frozen=True)
 class Places:

@@ -13,7 +13,7 @@ import fsspec
 
 from hourllava.errors import DataError
 
-from .mds import INDEX, Shard, check_whole, read_index, write_whole
+from .mds import GET_AGAIN, INDEX, Shard, check_whole, read_index, unpacked, write_whole
 
 ATTEMPTS = 3
 PIECE = 1 << 20  # bytes read from a store at a time
@@ -22,6 +22,7 @@ PIECE = 1 << 20  # bytes read from a store at a time
 class ShardFiles:
     """The shards of a data set, opened one at a time; every shard's hash is checked when a process first opens it.
 
+    A compressed shard is unpacked once, into the folder, as one from elsewhere is fetched; what is unpacked is kept.
     Several processes may share the folder of a remote data set: each shard is fetched by one of them, and what makes
     room is the shard that has not been read for longest.
 
@@ -63,7 +64,7 @@ class ShardFiles:
             if self.remote is not None:
                 os.utime(path)  # read last
         except FileNotFoundError as error:
-            if self.remote is None:
+            if self.remote is None and not shard.packed:
                 raise DataError(path, "there is no such file, but the index lists it", "get it again") from error
             file = self._fetch(shard, path)
         except OSError as error:
@@ -112,7 +113,7 @@ class ShardFiles:
                     return path.open("rb")
                 self._make_room(shard, part)
                 try:
-                    self._tried(lambda: self._download(shard, part), f"{self.remote}/{shard.file}")
+                    self._tried(lambda: self._download(shard, part), self._source(shard))
                     file = part.open("rb")
                     self._check_fetched(file, shard)
                     os.replace(part, path)
@@ -128,13 +129,17 @@ class ShardFiles:
             check_whole(file, shard)
         except DataError as error:
             file.close()
-            raise DataError(f"{self.remote}/{shard.file}", error.why, error.todo) from error
+            raise DataError(self._source(shard), error.why, error.todo) from error
         self._sound.add(shard.file)
 
     def _download(self, shard: Shard, part: Path) -> None:
         files, root = self._store()
-        with files.open(f"{root}/{shard.file}", "rb") as source, part.open("r+b") as target:
+        name = f"{root}/{shard.packed or shard.file}"
+        with files.open(name, "rb") as held, part.open("r+b") as target:
+            source = unpacked(held, shard.compression) if shard.packed else held
             while piece := source.read(PIECE):
+                if target.tell() + len(piece) > shard.size:
+                    raise DataError(name, f"it holds more than the {shard.size} bytes of the index", GET_AGAIN)
                 try:
                     target.write(piece)
                 except OSError as error:
@@ -161,7 +166,10 @@ class ShardFiles:
         """When each file of the cache was read last, its size, and its path."""
         for shard in self.shards:
             path = self.local / shard.file
-            for file in (path, _part(path)):
+            for file in (
+                _part(path),
+                path,
+            ):  # what is renamed meanwhile counts twice, not never
                 with contextlib.suppress(FileNotFoundError):
                     found = file.stat()
                     yield found.st_mtime, found.st_size, file
@@ -175,7 +183,9 @@ class ShardFiles:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     return False
-                path.unlink(missing_ok=True)
+                if not path.exists():
+                    return False  # it is finished, takes as much room, and has its own name
+                path.unlink()
         path.unlink(missing_ok=True)
         return True
 
@@ -189,8 +199,13 @@ class ShardFiles:
     def _lock_file(self, what: str) -> Path:
         return self.local / f".{what.replace('/', '_')}.lock"
 
+    def _source(self, shard: Shard) -> str:
+        """Where a shard comes from."""
+        return f"{self.local if self.remote is None else self.remote}/{shard.packed or shard.file}"
+
     def _store(self) -> tuple[Any, str]:
-        assert self.remote is not None
+        if self.remote is None:
+            return fsspec.filesystem("file"), os.fspath(self.local)
         try:
             return fsspec.core.url_to_fs(self.remote)  # kept by fsspec, one for each process
         except (ImportError, ValueError) as error:

@@ -56,19 +56,18 @@ def to_row(sample: Sample, inside: bool) -> dict[str, bytes]:
     return {"sample": json.dumps(about).encode(), "media": save(tensors) if tensors else b""}
 
 
-def of_row(row: dict[str, Any], what: str, tower: str | None) -> ShardSample:
+def of_row(row: dict[str, Any], what: str) -> ShardSample:
     """The sample of decoded columns.
 
     Args:
         what: the row's place, for messages.
-        tower: fingerprint of the vision tower that features must be of; None takes any.
 
     Raises:
-        DataError: the row is damaged, of no kind that is known, or its features are of another tower.
+        DataError: the row is damaged, or of no kind that is known.
     """
     if row.keys() == COLUMNS.keys():
         try:
-            return _of_ours(row, what, tower)
+            return _of_ours(row)
         except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
             raise DataError(what, "it is damaged", _AGAIN) from error
     if isinstance(row.get("text"), dict) and row.keys() <= {"text", "image", "video"}:
@@ -77,7 +76,7 @@ def of_row(row: dict[str, Any], what: str, tower: str | None) -> ShardSample:
     raise DataError(what, f"it has columns {', '.join(row)}", todo)
 
 
-def _of_ours(row: dict[str, Any], what: str, tower: str | None) -> ShardSample:
+def _of_ours(row: dict[str, Any]) -> ShardSample:
     about = row["sample"]
     turns = tuple((str(question), str(answer)) for question, answer in about["turns"])
     media = tuple(Media(note["kind"], Path(note["path"]), note["name"]) for note in about["media"])
@@ -85,12 +84,9 @@ def _of_ours(row: dict[str, Any], what: str, tower: str | None) -> ShardSample:
     contents: list[Held | None] = []
     for number, note in enumerate(about["media"]):
         packed = {key: tensors[f"{number}.{key}"] for key in ("features", "scales") if f"{number}.{key}" in tensors}
-        if packed and tower is not None and note["tower"] not in ("", tower):
-            todo = "embed the videos with this model, and write the shards again"
-            raise DataError(what, f"another tower made the features of sample {about['id']}", todo)
         if packed:
             exact = packed["features"] if packed["features"].is_floating_point() else unpack_features(packed)
-            contents.append(Held(exact, float(note["seconds"])))
+            contents.append(Held(exact, float(note["seconds"]), str(note["tower"])))
         elif f"{number}.image" in tensors:
             contents.append(Held(_image(tensors[f"{number}.image"].numpy().tobytes(), note["path"])))
         else:

@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from hourllava.errors import DataError
 
-from .collator import Collator
 from .dataset import ConversationDataset
 from .encodings import decode
 from .mds import ShardWriter, read_offsets, read_row
@@ -55,8 +54,12 @@ def write_shards(
     return count
 
 
-class ShardDataset(IterableDataset[ShardSample]):
+class ShardDataset(IterableDataset[Any]):
     """The samples of a folder of shards, in an order that follows from the seed and the epoch alone.
+
+    Without `conversations` they are as the shards hold them, `ShardSample`s; with them they are the model's inputs, as
+    a `ConversationDataset` gives them. A sample that fails is then written to its log of failures, if it has one, and
+    the next in the order of writing that does not fail takes its place.
 
     `dataset[i]` reads one sample; iterating gives a rank's share of an epoch, from where the last iteration or
     `load_state_dict` left off, and the next epoch after that. Rank r of W takes every W-th sample: when the state is
@@ -71,7 +74,7 @@ class ShardDataset(IterableDataset[ShardSample]):
             within groups of shards that take half of it, and the groups among themselves.
         batch_size: samples of a batch; worker processes of a `ShardLoader` take turns by batches.
         rank, world: this process's number, and how many share an epoch.
-        tower: fingerprint of the vision tower that all features must be of; None takes any.
+        conversations: say how a sample becomes an item; their own samples are not looked at.
 
     Raises:
         DataError: there is no index, or it is damaged. Reading raises it for a damaged shard or sample.
@@ -86,36 +89,67 @@ class ShardDataset(IterableDataset[ShardSample]):
         batch_size: int = 1,
         rank: int = 0,
         world: int = 1,
-        tower: str | None = None,
+        conversations: ConversationDataset | None = None,
     ) -> None:
         if batch_size < 1 or not 0 <= rank < world:
             why = f"batch size {batch_size}, rank {rank} of {world}"
             raise DataError(local, f"it cannot be divided by {why}", "give positive numbers, and a rank below world")
         self.files = ShardFiles(local, remote, cache_limit)
         self.shuffle_seed, self.batch_size = shuffle_seed, batch_size
-        self.rank, self.world, self.tower = rank, world, tower
+        self.rank, self.world, self.conversations = rank, world, conversations
+        self.failures = None if conversations is None else conversations.failures
         self.epoch = 0
         self.taken = 0  # samples of the epoch, by all ranks together
         self._ends = np.cumsum([shard.samples for shard in self.files.shards])
         if self._ends[-1] < world:
             raise DataError(local, f"it has {self._ends[-1]} samples for {world} ranks", "use fewer ranks")
         self._offsets: dict[int, np.ndarray] = {}
+        if self.failures is not None:
+            self.failures.expect(int(self._ends[-1]))
 
     def __len__(self) -> int:
         """Samples of an epoch that fall to one rank."""
         return int(self._ends[-1]) // self.world
 
-    def __getitem__(self, number: int) -> ShardSample:
-        """The sample of a number in the order of writing.
+    def __getitem__(self, number: int) -> Any:
+        """The sample of a number in the order of writing, or what takes its place.
 
         Raises:
             IndexError: there are fewer.
-            DataError: it is damaged, or of another vision tower.
+            DataError: it fails and there is no log of failures, too many have failed, or 16 fail in a row.
         """
-        row, what = self._row(number)
-        return of_row(row, what, self.tower)
+        if self.failures is None:
+            return self.load(number)
+        total = int(self._ends[-1])
+        self._place(number)
+        return self.failures.first_sound(((number + step) % total for step in range(total)), self.load, self._identity)
 
-    def __iter__(self) -> Iterator[ShardSample]:
+    def load(self, number: int) -> Any:
+        """A sample itself.
+
+        Raises:
+            IndexError: there are fewer.
+            DataError: it is damaged, or cannot be used.
+        """
+        found = self.read(number)
+        return found if self.conversations is None else self.conversations.make_item(found.sample, found.held)
+
+    def read(self, number: int) -> ShardSample:
+        """A sample as the shards hold it.
+
+        Raises:
+            IndexError: there are fewer.
+            DataError: it is damaged.
+        """
+        shard, inside = self._place(number)
+        with self.files.open(self.files.shards[shard]) as file:
+            if shard not in self._offsets:
+                self._offsets[shard] = read_offsets(file, self.files.shards[shard])
+            row = read_row(file, self.files.shards[shard], self._offsets[shard], inside)
+        what, columns = self._named(number), self.files.shards[shard].columns
+        return of_row({c.name: decode(c.encoding, row[c.name], f"{what} {c.name}") for c in columns}, what)
+
+    def __iter__(self) -> Iterator[Any]:
         if self.taken > int(self._ends[-1]) - self.world:
             self.epoch, self.taken = self.epoch + 1, 0
         start = self.taken
@@ -143,19 +177,23 @@ class ShardDataset(IterableDataset[ShardSample]):
             raise DataError(self.files.local, why, "give those that it was saved with")
         self.epoch, self.taken = int(state["epoch"]), int(state["taken"])
 
-    def _row(self, number: int) -> tuple[dict[str, Any], str]:
-        """The decoded columns of a sample, and its place for messages."""
+    def _place(self, number: int) -> tuple[int, int]:
+        """The shard that holds a sample, and the sample's number in it."""
         if not 0 <= number < self._ends[-1]:
             raise IndexError(f"sample {number} of {self._ends[-1]}")
-        place = int(np.searchsorted(self._ends, number, side="right"))
-        shard = self.files.shards[place]
-        inside = number - int(self._ends[place]) + shard.samples
-        with self.files.open(shard) as file:
-            if place not in self._offsets:
-                self._offsets[place] = read_offsets(file, shard)
-            row = read_row(file, shard, self._offsets[place], inside)
-        what = f"{self.files.local / shard.file} sample {inside}"
-        return {c.name: decode(c.encoding, row[c.name], f"{what} {c.name}") for c in shard.columns}, what
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        return shard, number - int(self._ends[shard]) + self.files.shards[shard].samples
+
+    def _named(self, number: int) -> str:
+        shard, inside = self._place(number)
+        return f"{self.files.local / self.files.shards[shard].file} sample {inside}"
+
+    def _identity(self, number: int) -> str:
+        """A sample's id, or where it is if that cannot be read."""
+        try:
+            return self.read(number).sample.id
+        except DataError:
+            return self._named(number)
 
     def order(self) -> np.ndarray:
         """Numbers of all samples, in this epoch's order."""
@@ -190,7 +228,7 @@ class ShardLoader(DataLoader):
     """
 
     def __init__(
-        self, dataset: ShardDataset, workers: int = 0, collate: Callable[[list[ShardSample]], Any] | None = None
+        self, dataset: ShardDataset, workers: int = 0, collate: Callable[[list[Any]], Any] | None = None
     ) -> None:
         super().__init__(dataset, dataset.batch_size, num_workers=workers, collate_fn=collate or _as_list)
         self._shards = dataset
@@ -215,25 +253,5 @@ class ShardLoader(DataLoader):
         self._shards.load_state_dict(state)
 
 
-class ShardCollator:
-    """Makes batches of a `ShardLoader`'s samples, as `Collator` does of the items of a `ConversationDataset`.
-
-    Args:
-        conversations: says how a sample becomes an item; its own samples are not looked at.
-        collator: puts items together.
-    """
-
-    def __init__(self, conversations: ConversationDataset, collator: Collator) -> None:
-        self.conversations, self.collator = conversations, collator
-
-    def __call__(self, samples: list[ShardSample]) -> dict[str, Any]:
-        """The batch.
-
-        Raises:
-            DataError: a sample cannot be used; names it.
-        """
-        return self.collator([self.conversations.make_item(found.sample, found.held) for found in samples])
-
-
-def _as_list(samples: list[ShardSample]) -> list[ShardSample]:
+def _as_list(samples: list[Any]) -> list[Any]:
     return samples

@@ -25,6 +25,7 @@ from .catalogue import FILE, Catalogue, Segment, Video
 from .segments import (
     GATHERED,
     REPAIR,
+    fill_features,
     pack_features,
     read_packed,
     read_segment,
@@ -180,6 +181,14 @@ class Repository:
             MemoryFileError: the segment is missing or damaged.
         """
         return read_segment(self.folder / video.name / segment.file, segment)
+
+    def read_into(self, out: Tensor, video: Video, segment: Segment) -> None:
+        """Put the features of a segment into `out` (n, N, Cv), every byte checked.
+
+        Raises:
+            MemoryFileError: the segment is missing or damaged.
+        """
+        fill_features(out, read_packed(self.folder / video.name / segment.file, segment))
 
     def _kept(self, video: Video) -> Iterator[Tensor]:
         """The features (n, N, Cv) of all frames of a video, in order, also while a writer gathers its segments.

@@ -34,8 +34,16 @@ def packed_bytes(precision: str, per_frame: int, width: int) -> int:
 
 def unpack_features(packed: dict[str, Tensor]) -> Tensor:
     """Features (n, N, Cv) float32 of what `pack_features` gave."""
-    features = packed["features"].float()
-    return features * packed["scales"][..., None] if "scales" in packed else features
+    features = torch.empty(packed["features"].shape)
+    fill_features(features, packed)
+    return features
+
+
+def fill_features(out: Tensor, packed: dict[str, Tensor]) -> None:
+    """Put the features of what `pack_features` gave into `out` (n, N, Cv), with no copy in between."""
+    out.copy_(packed["features"])
+    if "scales" in packed:
+        out.mul_(packed["scales"][..., None])
 
 
 def rounding_error(features: Tensor, rounded: Tensor) -> float:

@@ -100,8 +100,12 @@ def memory_fingerprint(model: "HourLlavaForConditionalGeneration") -> str:
 
 
 def tower_fingerprint(model: "HourLlavaForConditionalGeneration") -> str:
-    """Hash of the weights and settings that pooled features come from."""
-    return _hash_of(_tower_parameters(model), model.config.video_grid)
+    """Hash of the weights and settings that pooled features come from.
+
+    The weights count as they are in bfloat16, to which features are rounded at the finest: a copy of a model in float32
+    has the fingerprint of the one in bfloat16, whichever of them was made of the other.
+    """
+    return _hash_of(_tower_parameters(model), model.config.video_grid, torch.bfloat16)
 
 
 def _tower_parameters(model: "HourLlavaForConditionalGeneration") -> dict[str, Tensor]:
@@ -117,11 +121,13 @@ def _named_parameters(**modules: nn.Module | None) -> dict[str, Tensor]:
     return {f"{part}.{k}": v for part, module in modules.items() if module for k, v in module.named_parameters()}
 
 
-def _hash_of(named: dict[str, Tensor], settings: object) -> str:
+def _hash_of(named: dict[str, Tensor], settings: object, dtype: torch.dtype | None = None) -> str:
+    """Of the weights as they are, or as they would be in `dtype`."""
     digest = hashlib.sha256(repr(settings).encode())
-    for name, tensor in sorted(named.items()):
+    for name, weight in sorted(named.items()):
+        tensor = weight.detach().to(dtype or weight.dtype)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

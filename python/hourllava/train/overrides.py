@@ -20,7 +20,7 @@ CHOICES = {
     "trains": tuple(PARTS),
 }
 # Fields that may differ from those of the checkpoint that a run goes on from.
-FREE = {"workers", "save_steps", "keep", "report_to", "parallel"}
+FREE = {"workers", "failure_limit", "save_steps", "keep", "report_to", "parallel"}
 _TRUE, _FALSE = ("true", "yes", "1"), ("false", "no", "0")
 
 Kind = TypeVar("Kind", bound=Recipe | Training)

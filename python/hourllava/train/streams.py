@@ -2,31 +2,10 @@
 """Shards as training data: read by number, so that a run which goes on reads nothing of what it has had."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from torch.utils.data import Sampler
 
-from hourllava.data.dataset import ConversationDataset
 from hourllava.data.shards import ShardDataset
-
-
-class ShardConversations:
-    """The samples of shards as items, as a `ConversationDataset` gives them.
-
-    Args:
-        shards: where they are.
-        conversations: says how a sample becomes an item; its own samples are not looked at.
-    """
-
-    def __init__(self, shards: ShardDataset, conversations: ConversationDataset) -> None:
-        self.shards, self.conversations = shards, conversations
-
-    def __len__(self) -> int:
-        return len(self.shards)
-
-    def __getitem__(self, number: int) -> Any:
-        found = self.shards[number]
-        return self.conversations.make_item(found.sample, found.held)
 
 
 class ShardSampler(Sampler[int]):

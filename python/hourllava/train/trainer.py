@@ -17,6 +17,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hourllava.data.sampler import GroupedSampler
+from hourllava.data.shards import ShardDataset
 from hourllava.errors import HourLlavaError
 from hourllava.model import HourLlavaForConditionalGeneration
 from hourllava.model.checkpoint import own_report
@@ -36,7 +37,7 @@ from hourllava.train.processes import (
 from hourllava.train.recipes import Training
 from hourllava.train.report import Meter
 from hourllava.train.resume import PART, commit, failed_save
-from hourllava.train.streams import ShardConversations, ShardSampler
+from hourllava.train.streams import ShardSampler
 
 TRAINED = "trained.safetensors"  # with LoRA: adapters and the other parts that learn
 _SEEDS = 1 << 40  # forgetting seeds of a run, one for each batch of each process
@@ -58,7 +59,7 @@ class Conversations(Protocol):
 class _Told(Dataset):
     """Samples, or the error that one of them is: raised in a loading process it would lose what it says."""
 
-    def __init__(self, data: Conversations | ShardConversations) -> None:
+    def __init__(self, data: Conversations | ShardDataset) -> None:
         self.data = data
 
     def __len__(self) -> int:
@@ -100,7 +101,7 @@ class VideoTrainer(Trainer):
         model: HourLlavaForConditionalGeneration,
         recipe: Training,
         args: TrainingArguments,
-        data: Conversations | ShardConversations,
+        data: Conversations | ShardDataset,
         collate: Callable[[Sequence[Any]], dict[str, Any]],
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
@@ -118,8 +119,8 @@ class VideoTrainer(Trainer):
         recipe, data = self.recipe, self.samples
         groups, group = (n // recipe.memory_parallel for n in (process_count(), process_rank()))
         sampler: GroupedSampler | ShardSampler
-        if isinstance(data, ShardConversations):
-            sampler = ShardSampler(data.shards, recipe.batch_per_device, groups, group)
+        if isinstance(data, ShardDataset):
+            sampler = ShardSampler(data, recipe.batch_per_device, groups, group)
         else:
             sampler = GroupedSampler(
                 data.lengths,

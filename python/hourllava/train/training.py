@@ -19,21 +19,22 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hourllava.data.collator import Collator
 from hourllava.data.dataset import ConversationDataset
-from hourllava.data.failures import FailureLog
+from hourllava.data.failures import FailureLog, failure_table
 from hourllava.data.mds import INDEX
 from hourllava.data.mixture import load_mixture
+from hourllava.data.samples import Sample
 from hourllava.data.shards import ShardDataset
 from hourllava.errors import RecipeError
 from hourllava.model import HourLlavaForConditionalGeneration
 from hourllava.model.checkpoint import own_report
 from hourllava.model.parts import parts_table
+from hourllava.model.watching import tower_fingerprint
 from hourllava.train.groups import choose_parameters, learning_rates, merge_adapters
 from hourllava.train.overrides import RECIPE_FILE, check_same, load_recipe, show
 from hourllava.train.processes import deepspeed_config, join_processes, process_count, process_rank, shard
 from hourllava.train.recipes import Training
 from hourllava.train.report import Bar, Picture
 from hourllava.train.resume import SaveBeforeEnd, checkpoints, clear, load_trained, on_sigterm
-from hourllava.train.streams import ShardConversations
 from hourllava.train.trainer import TRAINED, Conversations, VideoTrainer
 
 Collate = Callable[[Sequence[Any]], dict[str, Any]]
@@ -47,7 +48,7 @@ class StoppedError(RecipeError):
 def train(
     recipe: Training,
     out_dir: Path,
-    data: Conversations | ShardConversations | None = None,
+    data: Conversations | ShardDataset | None = None,
     collate: Collate | None = None,
 ) -> Path:
     """Train by a recipe into ``out_dir``; a run that was begun there goes on, one that is through is left as it is.
@@ -92,7 +93,7 @@ def train(
         raise StoppedError(out_dir, f"the run was asked to end; {last} is saved", "the same command goes on from it")
     if process_rank() == 0:
         export(recipe, out_dir)
-        _tell_failures(data)
+        _tell_failures(out_dir)
     if process_count() > 1:
         dist.barrier()
     return out_dir
@@ -131,7 +132,7 @@ def load_model(recipe: Training, checkpoint: Path | None = None) -> HourLlavaFor
 
 def load_data(
     recipe: Training, model: HourLlavaForConditionalGeneration, out_dir: Path
-) -> tuple[ConversationDataset | ShardConversations, Collator]:
+) -> tuple[ConversationDataset | ShardDataset, Collator]:
     """What `recipe.data` names, and how its samples become batches.
 
     Raises:
@@ -142,16 +143,14 @@ def load_data(
         raise RecipeError("--data", "it names nothing to train on", "give a manifest (JSON, JSONL, parquet) or a YAML")
     if "://" in recipe.data or (Path(recipe.data) / INDEX).exists():
         return load_shards(recipe, model, out_dir)
-    failures = FailureLog(out_dir / f"failures-{process_rank()}.jsonl")
+    failures = _failure_log(recipe, out_dir)
     samples = load_mixture(recipe.data, recipe.seed, failures)
-    most = recipe.max_frames or None
-    dataset = ConversationDataset(samples, model.tokenizer, model.config, failures, max_frames=most)
-    return dataset, Collator(model.tokenizer)
+    return _conversations(recipe, model, samples, failures), Collator(model.tokenizer)
 
 
 def load_shards(
     recipe: Training, model: HourLlavaForConditionalGeneration, out_dir: Path
-) -> tuple[ShardConversations, Collator]:
+) -> tuple[ShardDataset, Collator]:
     """The shards in the folder, or at the address, that `recipe.data` names.
 
     Raises:
@@ -159,9 +158,24 @@ def load_shards(
     """
     local, remote = (out_dir / _SHARDS, recipe.data) if "://" in recipe.data else (Path(recipe.data), None)
     limit = int(recipe.shard_cache * 2**30) or None
-    shards = ShardDataset(local, remote, limit, recipe.seed)
-    conversations = ConversationDataset([], model.tokenizer, model.config, max_frames=recipe.max_frames or None)
-    return ShardConversations(shards, conversations), Collator(model.tokenizer)
+    conversations = _conversations(recipe, model, [], _failure_log(recipe, out_dir))
+    shards = ShardDataset(local, remote, limit, recipe.seed, conversations=conversations)
+    return shards, Collator(model.tokenizer)
+
+
+def _conversations(
+    recipe: Training, model: HourLlavaForConditionalGeneration, samples: list[Sample], failures: FailureLog
+) -> ConversationDataset:
+    """Features have to be of the model's tower; while that learns, they can only be of one and the same."""
+    has_fixed_tower = model.config.vision_config is not None and "vision_tower" not in recipe.trains
+    tower = tower_fingerprint(model) if has_fixed_tower else None
+    most = recipe.max_frames or None
+    return ConversationDataset(samples, model.tokenizer, model.config, failures, tower, most)
+
+
+def _failure_log(recipe: Training, out_dir: Path) -> FailureLog:
+    """A file for each process."""
+    return FailureLog(out_dir / f"failures-{process_rank()}.jsonl", recipe.failure_limit)
 
 
 def training_arguments(recipe: Training, out_dir: Path, accumulation: int) -> TrainingArguments:
@@ -243,12 +257,11 @@ def _check_packages(recipe: Training) -> None:
             raise RecipeError(flag, f"{name} is not installed", f"pip install {name}, or choose another")
 
 
-def _tell_failures(data: Conversations | ShardConversations) -> None:
-    """Show which samples were left out, if any were."""
-    if isinstance(data, ConversationDataset) and data.failures is not None:
-        summary = data.failures.summary()
-        if summary is not None:
-            Console(stderr=True).print(summary)
+def _tell_failures(out_dir: Path) -> None:
+    """Show which samples any process left out, if any were."""
+    summary = failure_table(sorted(out_dir.glob("failures-*.jsonl")))
+    if summary is not None:
+        Console(stderr=True).print(summary)
 
 
 def _no_collate(_: Sequence[Any]) -> dict[str, Any]:

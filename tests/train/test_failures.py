@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training by recipe on data of which a part cannot be used: it is told, counted and replaced, or stops the run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_model import make_model
+from training_data import make_recipe
+
+from hourllava.data.samples import Media, Sample
+from hourllava.data.shards import write_shards
+from hourllava.errors import DataError
+from hourllava.memory import Embedding, Repository
+from hourllava.model import FrameWriter
+from hourllava.train import train
+from hourllava.train.resume import checkpoints
+
+FROZEN = ("mm_projector", "language_model")
+
+
+def text(number: int, *media: Media) -> Sample:
+    marks = "<image>\n" * len(media)
+    return Sample(f"s{number}", ((f"{marks}Is it {number}?", "Yes."),), media, f"data.json:{number}")
+
+
+def manifest(folder: Path, samples: list[Sample]) -> Path:
+    """The samples as JSON lines, as they would have been written by hand."""
+    entries = []
+    for sample in samples:
+        talk = [{"from": "human", "value": sample.turns[0][0]}, {"from": "gpt", "value": sample.turns[0][1]}]
+        entries.append({"id": sample.id, "conversations": talk} | {m.kind: str(m.path) for m in sample.media})
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
+
+
+def place(folder: Path, samples: list[Sample], kind: str) -> str:
+    """Where the samples are, as shards or as a manifest."""
+    if kind == "manifest":
+        return str(manifest(folder, samples))
+    write_shards(samples, folder / "shards", "path" if kind == "paths" else "inside")
+    return str(folder / "shards")
+
+
+@pytest.mark.parametrize("kind", ["manifest", "paths"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_fails_is_told_at_the_end(
+    kind: str, workers: int, base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    gone = text(3, Media("features", tmp_path / "gone.pt"))
+    torch.save({"vid_feat": torch.randn(4, 64, 64), "duration": 4.0}, tmp_path / "there.pt")
+    there = text(4, Media("features", tmp_path / "there.pt"))
+    data = place(tmp_path, [text(0), text(1), text(2), gone, there, text(5)], kind)
+    recipe = make_recipe(base, data=data, max_steps=3, workers=workers, failure_limit=0.2, trains=FROZEN)
+    out = train(recipe, tmp_path / "out")
+    assert [path.name for path in checkpoints(out)] == ["checkpoint-3"]
+    (entry,) = [json.loads(line) for line in (out / "failures-0.jsonl").read_text().splitlines()]
+    assert entry["id"] == "s3"
+    assert "gone.pt: it cannot be read" in entry["why"]
+    told = " ".join(capfd.readouterr().err.split())
+    assert "1 samples were left out" in told
+    with pytest.raises(DataError, match=r"1 of \d samples could not be loaded, more than 10\.0%.*--failure-limit"):
+        train(make_recipe(base, data=data, workers=workers, failure_limit=0.1), tmp_path / "strict")
+
+
+def embed(model, folder: Path) -> Media:
+    writer = FrameWriter(model)
+    with Embedding(Repository(folder), "film.mp4", writer) as embedding:
+        embedding.append_features(torch.randn(6, writer.shape.per_frame, writer.feature_width))
+        embedding.commit()
+    return Media("features", folder / "film.mp4", "film.mp4")
+
+
+@pytest.mark.parametrize("kind", ["manifest", "paths", "inside"])
+def test_features_have_to_be_of_the_model_s_tower(kind: str, base: Path, tmp_path: Path) -> None:
+    film = embed(make_model(seed=1, min_frames=1), tmp_path / "memories")
+    samples = [text(n, film) for n in range(2)]
+    recipe = make_recipe(base, data=place(tmp_path, samples, kind), max_steps=1, trains=FROZEN)
+    where = r"data\.jsonl:1 \(id s0\)" if kind == "manifest" else r"data\.json:\d \(id s\d\)"
+    with pytest.raises(DataError, match=rf"{where}: .*film\.mp4: another tower made these features"):
+        train(recipe, tmp_path / "out")
+    assert not checkpoints(tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_copy_in_another_precision_has_the_same_tower(dtype: torch.dtype, base: Path, tmp_path: Path) -> None:
+    film = embed(make_model(min_frames=1).to(dtype), tmp_path / "memories")
+    recipe = make_recipe(base, data=place(tmp_path, [text(n, film) for n in range(2)], "inside"), max_steps=1)
+    train(make_recipe(base, data=recipe.data, max_steps=1, trains=FROZEN), tmp_path / "out")
+    assert not (tmp_path / "out" / "failures-0.jsonl").read_text()
+    train(recipe, tmp_path / "tower")  # while it learns, no features are of it
