@@ -13,11 +13,13 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, BinaryIO
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from hourllava.errors import MemoryBusyError, MemoryFileError
 
@@ -33,6 +35,7 @@ from .segments import (
     unpack_features,
     write_segment,
 )
+from .sharded_memory import ShardedMemory
 from .storage import reason
 from .video_memory import MemoryShape, MemoryWriter, VideoMemory
 
@@ -132,8 +135,8 @@ class Repository:
                 it, or its pages and it is to be appended to; or there are no pages and no model is given.
         """
         video = self.catalogue.video(name)
-        if writer is not None and writer.tower_fingerprint() != video.tower:
-            raise MemoryFileError(self.folder / name, "another vision tower made it", "use that model, or watch again")
+        if writer is not None:
+            self._check_tower(video, writer)
         append = append and writer is not None
         if append and writer is not None and video.pages and writer.fingerprint() != video.model:
             todo = "use that model, or only read"
@@ -154,6 +157,26 @@ class Repository:
         memory._journal = journal
         return memory
 
+    def open_sharded(self, name: str, writer: MemoryWriter, group: dist.ProcessGroup | None = None) -> ShardedMemory:
+        """A video's memory as committed now, made of its features and spread over the ranks of a group.
+
+        Every rank calls this, and reads the features from a file system that all see.
+
+        Raises:
+            MemoryFileError: there is no such video; it is damaged; or another vision tower made it.
+        """
+        video = self.catalogue.video(name)
+        self._check_tower(video, writer)
+        agreed = torch.tensor(video.frames, device=writer.device)
+        dist.all_reduce(agreed, dist.ReduceOp.MIN, group)  # a writer may have come between two ranks
+        memory = ShardedMemory(writer, group)
+        memory.reserve(int(agreed))
+        for features in self._kept(replace(video, frames=int(agreed))):
+            memory.append_features(features)
+        memory.damage, memory.path = video.damage or None, str(self.folder / name)
+        memory.source = video.source or None
+        return memory
+
     def delete(self, name: str) -> None:
         """Forget a video; who has it open may read on.
 
@@ -172,6 +195,11 @@ class Repository:
             MemoryFileError: as for `open`, or the file cannot be written.
         """
         self.open(name, writer, append=False).save(path)
+
+    def _check_tower(self, video: Video, writer: MemoryWriter) -> None:
+        if writer.tower_fingerprint() != video.tower:
+            what = self.folder / video.name
+            raise MemoryFileError(what, "another vision tower made it", "use that model, or watch again")
 
     def features(self, video: Video, segment: Segment) -> Tensor:
         """The features (n, N, Cv) float32 of a segment, every byte checked.
