@@ -5,6 +5,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import torch
@@ -199,6 +200,7 @@ def _take_in(
                 memory.damage = opened.message
             memory.append(frames)
             bar.update(len(frames))
+            del frames  # or it would be there until the next chunk has been made
             yield
     if memory.frames == 0:
         raise VideoError("video", "it holds no frame", "give at least one frame")
@@ -213,17 +215,19 @@ def new_memory(writer: FrameWriter, folder: str | os.PathLike[str] | None = None
 
 
 def _after(frames: int, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Leave out the first frames, which a memory holds already."""
+    """Leave out the first frames, which a memory holds already; chunks that were given out are not held."""
     for chunk in chunks:
         rest = chunk[frames:]
         frames -= len(chunk) - len(rest)
+        del chunk
         if len(rest):
             yield rest
+        del rest
 
 
 def _chunks(source: VideoReader | LiveReader | Tensor | Iterable[Tensor], size: int) -> Iterator[Tensor]:
     if isinstance(source, VideoReader | LiveReader):
-        return (chunk.frames for chunk in source.chunks(size, chunk=CHUNK))
+        return map(attrgetter("frames"), source.chunks(size, chunk=CHUNK))
     if isinstance(source, Tensor):
         return iter(source.split(CHUNK))
     return iter(source)
