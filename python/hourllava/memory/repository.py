@@ -136,7 +136,7 @@ class Repository:
         """
         video = self.catalogue.video(name)
         if writer is not None:
-            self._check_tower(video, writer)
+            self.check_tower(video, writer)
         append = append and writer is not None
         if append and writer is not None and video.pages and writer.fingerprint() != video.model:
             todo = "use that model, or only read"
@@ -149,7 +149,9 @@ class Repository:
         elif writer is None:
             raise MemoryFileError(self.folder / name, "no ready pages are kept of it", GIVE_MODEL)
         else:
-            memory = self._rebuilt(video, writer, journal)
+            # Its pages are kept if the video's are and this is its model.
+            keep = journal is not None and video.pages and writer.fingerprint() == video.model
+            memory = self.rebuilt(video, writer, pool_files(self.folder / name, True) if keep else None)
         memory.damage, memory.path = video.damage or None, str(self.folder / name)
         memory.source = video.source or None
         if writer is not None:
@@ -166,7 +168,7 @@ class Repository:
             MemoryFileError: there is no such video; it is damaged; or another vision tower made it.
         """
         video = self.catalogue.video(name)
-        self._check_tower(video, writer)
+        self.check_tower(video, writer)
         agreed = torch.tensor(video.frames, device=writer.device)
         dist.all_reduce(agreed, dist.ReduceOp.MIN, group)  # a writer may have come between two ranks
         memory = ShardedMemory(writer, group)
@@ -196,7 +198,8 @@ class Repository:
         """
         self.open(name, writer, append=False).save(path)
 
-    def _check_tower(self, video: Video, writer: MemoryWriter) -> None:
+    def check_tower(self, video: Video, writer: MemoryWriter) -> None:
+        """Raise MemoryFileError unless a model with this one's tower made the features."""
         if writer.tower_fingerprint() != video.tower:
             what = self.folder / video.name
             raise MemoryFileError(what, "another vision tower made it", "use that model, or watch again")
@@ -245,11 +248,16 @@ class Repository:
         memory.refresh_summaries()
         return memory
 
-    def _rebuilt(self, video: Video, writer: MemoryWriter, journal: "VideoJournal | None") -> VideoMemory:
-        """The memory made again from its features; its pages are kept if the video's are and this is its model."""
-        keep = journal is not None and video.pages and writer.fingerprint() == video.model
-        files = pool_files(self.folder / video.name, True) if keep else None
-        memory = VideoMemory(writer.shape, writer.fingerprint(), writer.device, files)
+    def rebuilt(
+        self, video: Video, writer: MemoryWriter, files: Callable[[str], BinaryIO] | None = None
+    ) -> VideoMemory:
+        """The memory made again from its features: in files on the CPU, or in RAM on the model's device.
+
+        Raises:
+            MemoryFileError: the features are damaged, or the disk has no room for the files.
+        """
+        device = torch.device("cpu") if files else writer.device
+        memory = VideoMemory(writer.shape, writer.fingerprint(), device, files)
         memory.attach(writer)
         memory.reserve(video.frames)
         for features in self._kept(video):

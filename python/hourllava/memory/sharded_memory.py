@@ -33,7 +33,9 @@ class ShardedMemory:
     def __init__(self, writer: MemoryWriter, group: dist.ProcessGroup | None = None, held: int = 0) -> None:
         self._own = VideoMemory(writer.shape, writer.fingerprint(), writer.device)
         self._own.attach(writer)
-        self._group, self._rank = group or dist.group.WORLD, dist.get_rank(group)
+        everyone = group or dist.group.WORLD
+        assert everyone is not None, "there is none before dist.init_process_group"
+        self._group, self._rank = everyone, dist.get_rank(group)
         self._owners: list[int] = []  # of each run
         self._loads: list[int] = [0] * dist.get_world_size(group)
         dist.all_gather_object(self._loads, held, group)

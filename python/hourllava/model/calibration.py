@@ -84,7 +84,7 @@ def seconds(work: Callable[[], object]) -> float:
 def _decode_rate(size: int) -> float:
     """Of a clip that is long enough for all cores and as restless as a camera's, to pictures of this side."""
     height, width = CLIP_SIZE
-    ramp = np.arange(height)[:, None, None] + np.arange(width)[:, None] + np.arange(3) * 40
+    ramp = (np.arange(height)[:, None, None] + np.arange(width)[:, None] + np.arange(3) * 40) // 5
     grain = np.random.default_rng(0).integers(-2, 3, (height, width, 1))
     pictures = (
         (ramp + np.roll(grain, (7 * n, 13 * n), (0, 1))).astype(np.uint8) for n in range(CLIP_FPS * CLIP_SECONDS)

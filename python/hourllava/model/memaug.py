@@ -114,7 +114,9 @@ class CrossAttention(nn.Module):
                 inv_freq,
                 mass_weight=weight,
             )
-            mass = masses[0] * _share_of_sample(weight, bounds, stream.cu_seqlens)[:, None] if masses else None
+            mass = None
+            if weight is not None:
+                mass = masses[0] * _share_of_sample(weight, bounds, stream.cu_seqlens)[:, None]
         if mass is not None:
             # Holes count towards a page behind the last; picking the others would make the host wait for their number.
             count = len(pages.page_lengths)
