@@ -104,7 +104,7 @@ def test_the_models_own_budget():
     assert torch.equal(read["all"], exact.page_mass)
     assert torch.equal(plain.ask(memory, QUESTION, budget="all").page_mass, exact.page_mass)
     assert (read["9p"] > 0).sum(1).tolist() == [9, 9]
-    with pytest.raises(InputError, match="'a lot' is no budget; write .* or all to read all of it"):
+    with pytest.raises(InputError, match=r"'a lot' is no budget; write .* or all to read all of it"):
         make_model(memory_budget="a lot").ask(memory, QUESTION)
 
 
