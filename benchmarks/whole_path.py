@@ -14,10 +14,8 @@ import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 from rich.console import Console
@@ -25,7 +23,7 @@ from rich.table import Table
 
 from benchmarks.suite import ROOT, machine
 from hourllava.data import Film
-from hourllava.video import open_video, write_video
+from hourllava.video import open_video, repeat_video, write_video
 
 FPS = 25
 QUESTIONS = ("Which colour was the star?", "Where was the heart?")
@@ -69,7 +67,7 @@ def make(folder: Path, height: int, minutes: int) -> Path:
         return path
     minute = folder / f"minute-{height}p.mp4"
     write_video(minute, _camera(height), FPS, (height, height * 16 // 9))
-    _repeat(minute, path, minutes)
+    repeat_video(minute, path, minutes)
     minute.unlink()
     return path
 
@@ -84,21 +82,6 @@ def _camera(height: int) -> Iterator[np.ndarray]:
         y, x = index * 7 % 64, index * 13 % 64
         picture = film.frame(index / FPS, 64)[rows][:, columns] + grain[y : y + height, x : x + width]
         yield np.clip(picture, 0, 255).astype(np.uint8)
-
-
-def _repeat(minute: Path, path: Path, times: int) -> None:
-    """Write the packets of a minute again and again, each time a minute later; nothing is encoded."""
-    with av.open(str(path), "w", options={"movflags": "+faststart"}) as target:
-        stream = None
-        for number in range(times):
-            with av.open(str(minute)) as source:
-                stream = stream or target.add_stream_from_template(source.streams.video[0])
-                for packet in source.demux(video=0):
-                    if packet.dts is None or packet.pts is None or packet.time_base is None:
-                        continue
-                    later = int(Fraction(60 * number) / packet.time_base)
-                    packet.pts, packet.dts, packet.stream = packet.pts + later, packet.dts + later, stream
-                    target.mux(packet)
 
 
 def measure(video: Path) -> Result:

@@ -20,6 +20,7 @@ def test_budgets(clip: str, model: str, capsys: pytest.CaptureFixture[str]) -> N
     exact = ask(clip, model, capsys)
     assert exact["budget"] is None
     assert ask(clip, model, capsys, "--budget", "999p")["answers"][0]["mass"] == exact["answers"][0]["mass"]
+    assert ask(clip, model, capsys, "--budget", "all")["answers"][0]["mass"] == exact["answers"][0]["mass"]
     few = ask(clip, model, capsys, "--budget", "4s", "--keep", "0:05-00:07", "--score", "content")
     assert few["budget"] == {
         "pages": None,
@@ -41,6 +42,7 @@ def test_bad_budgets(clip: str, model: str, capfd: pytest.CaptureFixture[str]) -
         (["--budget", "8p", "--keep", "5-3"], "there is no second from 5 to 3"),
         (["--budget", "1p", "--keep", "0-9"], "and the budget is 1"),
         (["--keep", "3-5"], "give --budget, too"),
+        (["--budget", "all", "--keep", "3-5"], "they choose what a budget reads"),
         (["--tile", "16"], "give --budget, too"),
     ]:
         assert main(["ask", clip, QUESTION, "--model", model, *options]) == 1

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from clips import CLIP_SECONDS
+from memories import full_disk
 
 from hourllava.cli import main
 
@@ -41,6 +42,22 @@ def test_a_repository(clip: str, model: str, tmp_path: Path, capfd: pytest.Captu
     said("memory", "delete", str(place), "small")
     assert "clip" in said("memory", "list", str(place))
     assert "there is no such video" in said("memory", "info", str(place), "small", code=1)
+
+
+def test_a_full_disk(clip: str, model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """One line, whatever the disk has no room for any more: the catalogue, features or pages; then it goes on."""
+    place = tmp_path / "memories"
+    watch = ["watch", clip, "--into", str(place), "--pages", "--model", model]
+    for size in (1000, 40_000, 400_000):
+        with full_disk(size):
+            assert main(watch) == 1
+        out, err = capfd.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert err.startswith(f"hourllava: {place}")
+        assert "; free some space" in err
+    assert main(["memory", "verify", str(place)]) == 0
+    assert main(watch) == 0
+    assert f"00:{CLIP_SECONDS} of it new" in capfd.readouterr().out
 
 
 def test_no_repository(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

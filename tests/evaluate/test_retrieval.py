@@ -47,7 +47,7 @@ def test_recall_is_the_exact_attention_on_the_pages_read() -> None:
 
 
 def test_a_short_film(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, test = make_model(), HourTest(videos=1, seconds=150, per_topic=0)
+    model, test = make_model(memory_budget="1/4"), HourTest(videos=1, seconds=150, per_topic=0)
     report = measure_retrieval(model, test, tmp_path, progress=False)
     assert [row.part for row in report.parts] == [1, *PARTS]
     exact, *parts = report.parts

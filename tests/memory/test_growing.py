@@ -143,6 +143,22 @@ class Work(TorchDispatchMode):
         return result
 
 
+def test_opening_touches_next_to_nothing(tmp_path):
+    """Ready pages are mapped: what is computed on is how full the pages are, and the last two of them."""
+    repository = Repository(tmp_path)
+    memory = repository.add("camera", SmallWriter(), pages=True)
+    touched = []
+    for frames in (200, 1000):
+        append(memory, frames - memory.frames, at_once=100)
+        with Work() as work:
+            again = repository.open("camera")
+        assert again.frames == frames
+        touched.append(work.elements)
+    held = sum(x.numel() for x in rows_of(memory))
+    assert touched[1] < held / 20
+    assert touched[1] - touched[0] < held / 100
+
+
 @pytest.mark.parametrize("kept", ["in RAM", "in files", "in a repository"])
 def test_an_append_costs_the_same_however_long_the_memory(tmp_path, kept):
     """Work is counted, not timed: at 128 seconds and at 1024, one second more touches as many elements."""

@@ -13,6 +13,7 @@ from memories import SmallWriter, full_disk, make_frames
 
 from hourllava.errors import MemoryFileError
 from hourllava.memory import Repository, VideoMemory, repair, scratch_files, verify
+from hourllava.memory.segments import rounding_error
 
 
 def everything(memory):
@@ -57,6 +58,21 @@ def test_reopened_is_what_was_watched(tmp_path, precision, pages):
     assert (video.name, video.frames, video.precision, video.pages) == ("film", 300, precision, pages)
     errors = [segment.error for segment in repository.catalogue.segments("film")]
     assert all(0 < error < (0.004 if precision == "bfloat16" else 0.01) for error in errors)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_the_error_that_is_told_is_that_of_what_is_kept(tmp_path, precision):
+    """The worst batch of 16 frames tells for a segment, so that no frame's features are worse for it by much."""
+    repository, memory = fill(tmp_path, precision=precision)
+    memory.close()
+    video, seen = repository.catalogue.video("film"), 0
+    for segment in repository.catalogue.segments("film"):
+        true = SmallWriter().encode(make_frames(segment.frames, segment.first))
+        kept = repository.features(video, segment)
+        errors = [rounding_error(t, k) for t, k in zip(true.split(16), kept.split(16), strict=True)]
+        assert segment.error == pytest.approx(max(errors), rel=1e-6)
+        seen += segment.frames
+    assert seen == 300
 
 
 @pytest.mark.parametrize("pages", [False, True])

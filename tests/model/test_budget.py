@@ -94,6 +94,20 @@ def test_all_of_it_is_exact_reading():
     assert (again.top_tokens, again.page_mass.tolist()) == (exact.top_tokens, exact.page_mass.tolist())
 
 
+def test_the_models_own_budget():
+    """What the config says counts where a question does not, and "all" is exact reading in any case."""
+    plain, frugal = make_model(), make_model(memory_budget="4p")
+    memory = plain.watch(make_frames(SECONDS), progress=False)
+    exact, few = plain.ask(memory, QUESTION), plain.ask(memory, QUESTION, budget="4p")
+    read = {budget: frugal.ask(memory, QUESTION, budget=budget).page_mass for budget in (None, "all", "9p")}
+    assert torch.equal(read[None], few.page_mass)
+    assert torch.equal(read["all"], exact.page_mass)
+    assert torch.equal(plain.ask(memory, QUESTION, budget="all").page_mass, exact.page_mass)
+    assert (read["9p"] > 0).sum(1).tolist() == [9, 9]
+    with pytest.raises(InputError, match=r"'a lot' is no budget; write .* or all to read all of it"):
+        make_model(memory_budget="a lot").ask(memory, QUESTION)
+
+
 @pytest.mark.parametrize("mode", ["both", "content", "rotated"])
 def test_no_more_than_the_budget_is_read(mode):
     model = make_model()

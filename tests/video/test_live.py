@@ -3,6 +3,7 @@
 
 import os
 import random
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -171,6 +172,37 @@ def test_an_address(address: str, tmp_path: Path) -> None:
     with pytest.raises(VideoError, match=r"nothing\.ts: cannot be followed") as caught:
         list(LiveReader(secret, idle=10).chunks(SIDE))
     assert "word" not in str(caught.value)
+
+
+def test_datagrams(tmp_path: Path) -> None:
+    """A transport stream over UDP, seven packets a datagram, as cameras send it; sent once somebody listens."""
+    whole = write_film(tmp_path / "film.ts")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+
+    def send() -> None:
+        padding = b"\x47\x1f\xff\x10" + b"\xff" * 184
+        data = whole.read_bytes()
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+            one.connect(("127.0.0.1", port))
+            heard = 0
+            while heard < 3:  # the system says of a datagram that nobody took when the next is sent
+                try:
+                    one.send(padding)
+                    heard += 1
+                except ConnectionRefusedError:
+                    heard = 0
+                time.sleep(0.05)
+            for first in range(0, len(data), 7 * 188):
+                one.send(data[first : first + 7 * 188])
+                time.sleep(0.001)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    got = pictures(LiveReader(f"udp://127.0.0.1:{port}", idle=3).chunks(SIDE))
+    sender.join()
+    assert torch.equal(got, pictures(open_video(whole).chunks(SIDE)))
 
 
 def test_what_cannot_be_followed(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hourllava.cli.watch import check_picture, take_in, warn_of_loss
 from hourllava.errors import QuestionError
 
 if TYPE_CHECKING:
-    from hourllava.memory import VideoMemory
+    from hourllava.memory import ShardedMemory, VideoMemory
     from hourllava.model import Answer, Budget
 
 
@@ -26,7 +26,7 @@ class AskRequest:
     json: bool
     progress: bool
     subtitles: Path | None = None
-    budget: "Budget | None" = None
+    budget: "Budget | str | None" = None  # None: what the model's config says
 
 
 def ask(request: AskRequest) -> bool:
@@ -43,20 +43,24 @@ def ask(request: AskRequest) -> bool:
             check_picture(picture)
     from tqdm import tqdm
 
+    from hourllava.cli.evidence import film_of, write_contact_sheet
+    from hourllava.cli.together import processes, take_part
     from hourllava.model import Subtitles, load_model
+    from hourllava.model.budget import ALL, as_budget
 
     subtitles = Subtitles.read(request.subtitles) if request.subtitles else Subtitles(())
     model = load_model(request.model)
-    memory, times = take_in(model, request.video, request.progress)
-    film = None
-    if request.evidence:
-        from hourllava.cli.evidence import film_of, write_contact_sheet
-
-        film = film_of(request.video, memory)
-    asked = tqdm(request.questions, "answering", unit="question", disable=not request.progress)
-    answers = [
-        model.ask(memory, subtitles.join(question.strip(), memory.frames), budget=request.budget) for question in asked
-    ]
+    with processes() as rank:
+        take = take_in if rank is None else take_part
+        memory, times = take(model, request.video, request.progress and not rank)
+        film = film_of(request.video, memory) if request.evidence else None
+        # Processes that share a memory read all of it.
+        budget = request.budget or (ALL if rank is not None else model.config.memory_budget)
+        asked = [subtitles.join(question.strip(), memory.frames) for question in request.questions]
+        bar = tqdm(asked, "answering", unit="question", disable=not request.progress or bool(rank))
+        answers = [model.ask(memory, question, budget=budget) for question in bar]
+    if rank:
+        return False  # the first process speaks for all
     answered = list(zip(request.questions, answers, strict=True))
     if request.plot:
         from hourllava.cli.plot import plot_attention
@@ -65,7 +69,7 @@ def ask(request: AskRequest) -> bool:
     if request.evidence and film:
         write_contact_sheet(request.evidence, answered, film)
     if request.json:
-        print(json.dumps(_document(request, memory, times, answers), ensure_ascii=False))
+        print(json.dumps(_document(request, memory, as_budget(budget), times, answers), ensure_ascii=False))
     else:
         from hourllava.cli.text import print_answers, print_times
 
@@ -76,7 +80,11 @@ def ask(request: AskRequest) -> bool:
 
 
 def _document(
-    request: AskRequest, memory: "VideoMemory", times: dict[str, float], answers: list["Answer"]
+    request: AskRequest,
+    memory: "VideoMemory | ShardedMemory",
+    budget: "Budget | None",
+    times: dict[str, float],
+    answers: list["Answer"],
 ) -> dict[str, Any]:
     """Everything that the text shows, and the whole curve of attention, for machines."""
     return {
@@ -84,7 +92,7 @@ def _document(
         "model": request.model,
         "seconds": memory.frames,
         "damage": memory.damage,
-        "budget": asdict(request.budget) if request.budget else None,
+        "budget": asdict(budget) if budget else None,
         "watch": times,
         "plot": str(request.plot) if request.plot else None,
         "evidence": str(request.evidence) if request.evidence else None,

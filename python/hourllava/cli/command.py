@@ -104,7 +104,7 @@ def _add_ask(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     ask.add_argument(
         "--budget",
         metavar="SIZE",
-        help="read no more of the memory than this: 128p (pages), 60s or 1/16 (default: all)",
+        help="read no more of the memory than this: 128p (pages), 60s, 1/16 or all (default: what the model says)",
     )
     _add_choices(ask)
     ask.add_argument(
@@ -285,14 +285,14 @@ def _ask(args: argparse.Namespace) -> int:
 
     progress = args.progress or sys.stderr.isatty()
     questions = [question.encode(errors="replace").decode() for question in args.questions]
-    budget = None
-    if args.budget is not None:
+    budget = args.budget
+    if budget is None or budget == "all":
+        if args.keep or args.tile or args.score != "both":
+            raise HourLlavaError("--keep, --tile and --score", "they choose what a budget reads", "give --budget, too")
+    else:
         from hourllava.model import Budget
 
-        size = Budget.parse(args.budget)
-        budget = replace(size, mode=args.score, tile=args.tile, keep=tuple(args.keep))
-    elif args.keep or args.tile or args.score != "both":
-        raise HourLlavaError("--keep, --tile and --score", "they choose what a budget reads", "give --budget, too")
+        budget = replace(Budget.parse(budget), mode=args.score, tile=args.tile, keep=tuple(args.keep))
     request = AskRequest(
         video=args.video,
         questions=questions,

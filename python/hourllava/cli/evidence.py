@@ -14,7 +14,7 @@ from hourllava.errors import HourLlavaError
 from hourllava.video import open_video, stills
 
 if TYPE_CHECKING:
-    from hourllava.memory import VideoMemory
+    from hourllava.memory import ShardedMemory, VideoMemory
     from hourllava.model import Answer, Moment
 
 BOX = (180, 320)  # most rows and columns of a picture
@@ -23,7 +23,7 @@ MARGIN, LINE = 12, 22  # between tiles, and of a line of text
 INK, PAPER = "#1d2a3f", "#ffffff"
 
 
-def film_of(video: Path, memory: "VideoMemory") -> Path:
+def film_of(video: Path, memory: "VideoMemory | ShardedMemory") -> Path:
     """The file that pictures can come from: the video that is asked, or the one that a kept memory was made of.
 
     Raises:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from hourllava.errors import HourLlavaError
 
 if TYPE_CHECKING:
-    from hourllava.memory import VideoMemory
+    from hourllava.memory import ShardedMemory, VideoMemory
     from hourllava.model import HourLlavaForConditionalGeneration
     from hourllava.video import LiveReader
 
@@ -165,7 +165,7 @@ def check_output(path: Path) -> None:
         raise HourLlavaError(path, "there is no permission to write there", "choose another place")
 
 
-def warn_of_loss(memory: "VideoMemory") -> bool:
+def warn_of_loss(memory: "VideoMemory | ShardedMemory") -> bool:
     """Say in one line on stderr what of the video could not be read, if anything; True if there was."""
     if memory.damage:
         print(f"hourllava: {memory.damage}", file=sys.stderr)

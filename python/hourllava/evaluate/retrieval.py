@@ -93,7 +93,7 @@ def measure_retrieval(
         memory = _remembered(model, path, test.seconds, folder)
         asked = choose_questions(film, test.per_topic)
         for question in tqdm(asked, "questions", unit="question", leave=False, disable=not progress):
-            exact = model.ask(memory, question.text)
+            exact = model.ask(memory, question.text, budget="all")
             replies[1].append(_reply(exact, exact, question.answer))
             for part in PARTS:
                 answer = model.ask(memory, question.text, budget=Budget(part=part, mode=mode, tile=tile))

@@ -7,7 +7,8 @@ from .pages import MemoryPages
 from .pool import scratch_files
 from .repository import Repository
 from .segments import PRECISIONS, unpack_features
-from .sharding import least_loaded, sharded_attention
+from .sharded_memory import ShardedMemory
+from .sharding import Shard, sharded_attention
 from .sizes import format_size, parse_size
 from .upkeep import Problem, repair, verify
 from .video_memory import MemoryPrefix, MemoryShape, MemoryWriter, VideoMemory
@@ -23,10 +24,11 @@ __all__ = [
     "MemoryWriter",
     "Problem",
     "Repository",
+    "Shard",
+    "ShardedMemory",
     "TierUsage",
     "VideoMemory",
     "format_size",
-    "least_loaded",
     "link",
     "packed_features",
     "parse_size",

@@ -2,9 +2,11 @@
 """Many memories within a stated budget: on the device that reads them, on the host, else only on the disk."""
 
 import contextlib
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from hourllava.errors import AdmissionError, MemoryFileError
 
 from .catalogue import Video
 from .pages import MemoryPages, open_pages, page_count
-from .pool import Pool
+from .pool import Pool, scratch_files
 from .repository import Repository, pool_files
 from .sizes import format_size, parse_size
 from .tier import PageTier
@@ -74,7 +76,8 @@ class MemoryPool:
     reads never goes. Any number of threads may ask; bringing memories in is done one at a time.
 
     Args:
-        repository: where they are kept, with ready pages (`hourllava watch --into ... --pages`).
+        repository: where they are kept. Ready pages (`hourllava watch --into ... --pages`) are read; of other videos
+            they are made from the features each time they come in, in nameless files of the repository's folder.
         writer: the model.
         budget: bytes for pages on the model's device, such as "6GiB". It is taken at once, so that nothing runs out of
             it later.
@@ -92,7 +95,8 @@ class MemoryPool:
         budget: str | int,
         host_budget: str | int | None = None,
     ) -> None:
-        self._repository, self._fingerprint, self._shape = repository, writer.fingerprint(), writer.shape
+        self._repository, self._writer = repository, writer
+        self._fingerprint, self._shape = writer.fingerprint(), writer.shape
         device = writer.device
         self._device = PageTier(str(device), writer.shape, device, parse_size(budget))
         self._host: PageTier | None = None
@@ -108,8 +112,7 @@ class MemoryPool:
 
         Raises:
             AdmissionError: its pages do not fit into the budget, or not as long as others are being read.
-            MemoryFileError: there is no such video; it has no frame or no ready pages yet; it is damaged; or another
-                model made it.
+            MemoryFileError: there is no such video; it has no frame yet; it is damaged; or it is another tower's.
         """
         entry = self._pinned(name)
         assert entry.memory is not None
@@ -184,9 +187,9 @@ class MemoryPool:
                 table[:] = fresh
                 if old is not None:
                     self._device.copy(table[known], old.tier, old.table[numbers])
-            files = pool_files(self._repository.folder / video.name, append=False)
+            files = self._files(video)
             self._device.read(table[~known], files, (~known).nonzero()[:, 0], video.frames)
-            entry = _Entry(video, self._device, lease, table, self._memory_of(video, table))
+            entry = _Entry(video, self._device, lease, table, self._memory_of(video, table, files))
         except BaseException:
             self._device.allocator.unpin(lease)
             self._device.allocator.release(lease)
@@ -195,21 +198,29 @@ class MemoryPool:
         self._entries[video.name] = entry
         return entry
 
-    def _memory_of(self, video: Video, table: Tensor) -> HeldMemory:
+    def _files(self, video: Video) -> Callable[[str], BinaryIO]:
+        """Opens files with a video's pages by name: those that are kept, or some that are made now and soon gone."""
+        if video.pages and video.model == self._fingerprint:
+            return pool_files(self._repository.folder / video.name, append=False)
+        made: dict[str, BinaryIO] = {}
+        scratch = scratch_files(self._repository.folder)
+        self._repository.rebuilt(video, self._writer, lambda name: made.setdefault(name, scratch(name)))
+        return lambda name: os.fdopen(os.dup(made[name].fileno()), "rb")
+
+    def _memory_of(self, video: Video, table: Tensor, files: Callable[[str], BinaryIO]) -> HeldMemory:
         shape, folder = self._shape, self._repository.folder / video.name
-        with pool_files(folder, append=False)("tokens") as file:
+        with files("tokens") as file:
             tokens = Pool((shape.per_frame, shape.width), shape.dtype, torch.device("cpu"), file, private=True)
             tokens.reserve(video.frames)
         pages = self._device.of_memory(table)
-        return HeldMemory(video.name, video.frames, video.model, video.damage or None, str(folder), tokens.rows, pages)
+        return HeldMemory(
+            video.name, video.frames, self._fingerprint, video.damage or None, str(folder), tokens.rows, pages
+        )
 
     def _check(self, video: Video) -> None:
-        path = self._repository.folder / video.name
-        check_fingerprint(str(path), self._fingerprint, video.model)
-        if not video.pages:
-            todo = "watch it again into the repository with --pages"
-            raise MemoryFileError(path, "no ready pages are kept of it, which a pool needs", todo)
+        self._repository.check_tower(video, self._writer)
         if not video.frames:
+            path = self._repository.folder / video.name
             raise MemoryFileError(path, "it holds no frame yet", "append to it first")
 
     def _taken(self, tier: PageTier, fresh: int, shared: Tensor, name: str) -> tuple[int, Tensor]:

@@ -13,11 +13,13 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, BinaryIO
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from hourllava.errors import MemoryBusyError, MemoryFileError
 
@@ -34,6 +36,7 @@ from .segments import (
     unpack_features,
     write_segment,
 )
+from .sharded_memory import ShardedMemory
 from .storage import reason
 from .video_memory import MemoryShape, MemoryWriter, VideoMemory
 
@@ -133,8 +136,8 @@ class Repository:
                 it, or its pages and it is to be appended to; or there are no pages and no model is given.
         """
         video = self.catalogue.video(name)
-        if writer is not None and writer.tower_fingerprint() != video.tower:
-            raise MemoryFileError(self.folder / name, "another vision tower made it", "use that model, or watch again")
+        if writer is not None:
+            self.check_tower(video, writer)
         append = append and writer is not None
         if append and writer is not None and video.pages and writer.fingerprint() != video.model:
             todo = "use that model, or only read"
@@ -147,12 +150,34 @@ class Repository:
         elif writer is None:
             raise MemoryFileError(self.folder / name, "no ready pages are kept of it", GIVE_MODEL)
         else:
-            memory = self._rebuilt(video, writer, journal)
+            # Its pages are kept if the video's are and this is its model.
+            keep = journal is not None and video.pages and writer.fingerprint() == video.model
+            memory = self.rebuilt(video, writer, pool_files(self.folder / name, True) if keep else None)
         memory.damage, memory.path = video.damage or None, str(self.folder / name)
         memory.source = video.source or None
         if writer is not None:
             memory.attach(writer)
         memory._journal = journal
+        return memory
+
+    def open_sharded(self, name: str, writer: MemoryWriter, group: dist.ProcessGroup | None = None) -> ShardedMemory:
+        """A video's memory as committed now, made of its features and spread over the ranks of a group.
+
+        Every rank calls this, and reads the features from a file system that all see.
+
+        Raises:
+            MemoryFileError: there is no such video; it is damaged; or another vision tower made it.
+        """
+        video = self.catalogue.video(name)
+        self.check_tower(video, writer)
+        agreed = torch.tensor(video.frames, device=writer.device)
+        dist.all_reduce(agreed, dist.ReduceOp.MIN, group)  # a writer may have come between two ranks
+        memory = ShardedMemory(writer, group)
+        memory.reserve(int(agreed))
+        for features in self._kept(replace(video, frames=int(agreed))):
+            memory.append_features(features)
+        memory.damage, memory.path = video.damage or None, str(self.folder / name)
+        memory.source = video.source or None
         return memory
 
     def delete(self, name: str) -> None:
@@ -173,6 +198,12 @@ class Repository:
             MemoryFileError: as for `open`, or the file cannot be written.
         """
         self.open(name, writer, append=False).save(path)
+
+    def check_tower(self, video: Video, writer: MemoryWriter) -> None:
+        """Raise MemoryFileError unless a model with this one's tower made the features."""
+        if writer.tower_fingerprint() != video.tower:
+            what = self.folder / video.name
+            raise MemoryFileError(what, "another vision tower made it", "use that model, or watch again")
 
     def features(self, video: Video, segment: Segment) -> Tensor:
         """The features (n, N, Cv) float32 of a segment, every byte checked.
@@ -226,11 +257,16 @@ class Repository:
         memory.refresh_summaries()
         return memory
 
-    def _rebuilt(self, video: Video, writer: MemoryWriter, journal: "VideoJournal | None") -> VideoMemory:
-        """The memory made again from its features; its pages are kept if the video's are and this is its model."""
-        keep = journal is not None and video.pages and writer.fingerprint() == video.model
-        files = pool_files(self.folder / video.name, True) if keep else None
-        memory = VideoMemory(writer.shape, writer.fingerprint(), writer.device, files)
+    def rebuilt(
+        self, video: Video, writer: MemoryWriter, files: Callable[[str], BinaryIO] | None = None
+    ) -> VideoMemory:
+        """The memory made again from its features: in files on the CPU, or in RAM on the model's device.
+
+        Raises:
+            MemoryFileError: the features are damaged, or the disk has no room for the files.
+        """
+        device = torch.device("cpu") if files else writer.device
+        memory = VideoMemory(writer.shape, writer.fingerprint(), device, files)
         memory.attach(writer)
         memory.reserve(video.frames)
         for features in self._kept(video):

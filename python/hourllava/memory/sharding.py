@@ -4,6 +4,9 @@
 Queries and everything after the attention are the same on every rank; only the pages differ.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,6 +16,21 @@ from torch import distributed as dist
 import hourllava_ext as ext
 
 from .pages import MemoryPages
+
+PAGES_AT_ONCE = 64  # whose scores of a question's rows exist at a time
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which rank of a group holds which second of a video."""
+
+    group: dist.ProcessGroup
+    owner: Tensor  # (T,) int64: the rank of each second
+
+    @property
+    def seconds(self) -> Tensor:
+        """The seconds that this rank holds, in the order of its frames: int64 (n,)."""
+        return (self.owner == dist.get_rank(self.group)).nonzero()[:, 0]
 
 
 def sharded_attention(
@@ -53,11 +71,47 @@ def sharded_attention(
     return ext.merge_attention(*_Gathered.apply(out, lse, group))
 
 
-def least_loaded(rows: int, group: dist.ProcessGroup | None = None) -> int:
-    """The rank that the next frames belong to: the one that holds the fewest rows, the lower one of equals."""
-    loads = [torch.empty(1, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(loads, torch.tensor([rows]), group)
-    return min(range(len(loads)), key=lambda rank: int(loads[rank]))
+def page_mass(
+    query: Tensor,
+    lse: Tensor,
+    pages: MemoryPages,
+    position_ids: Tensor,
+    cu_seqlens: Tensor,
+    inv_freq: Tensor,
+    weight: Tensor,
+) -> Tensor:
+    """The mass of `paged_attention` on this rank's pages, of attention whose log-sum-exp spans the pages of all ranks.
+
+    Only the keys are read again, and only by rows that weigh anything: those of a question are few.
+
+    Args:
+        query, pages, position_ids, cu_seqlens, inv_freq: as for `sharded_attention`.
+        lse: (Hq, M), what it returned.
+        weight: (M,) float32, how much each query counts.
+
+    Returns:
+        (B, W) in the dtype of `lse`: over all ranks, a sample's shares add up to 1.
+    """
+    kv_heads, rows, width = pages.key_pages.shape[1:]
+    mass = lse.new_zeros(pages.page_table.shape)
+    place = torch.arange(rows, device=query.device)
+    for sample, (first, end) in enumerate(pairwise(cu_seqlens.tolist())):
+        chosen = first + weight[first:end].nonzero()[:, 0]
+        turned = ext.rope(query[chosen].contiguous(), position_ids[chosen], inv_freq).to(lse.dtype) * width**-0.5
+        turned = turned.unflatten(1, (kv_heads, -1))  # (rows, Hkv, heads of each, D)
+        share = weight[chosen].to(lse.dtype) / (weight[first:end].sum() * query.shape[1])
+        behind = lse[:, chosen].T.reshape(turned.shape[:-1])[..., None]
+        for columns in (pages.page_table[sample] >= 0).nonzero()[:, 0].split(PAGES_AT_ONCE):
+            listed = pages.page_table[sample, columns].to(torch.int64)
+            scores = torch.einsum("mkgd,pkrd->pmkgr", turned, pages.key_pages[listed].to(lse.dtype)) - behind
+            free = place >= pages.page_lengths[listed][:, None, None, None, None]
+            mass[sample, columns] = torch.einsum("pmkgr,m->p", scores.masked_fill(free, -torch.inf).exp(), share)
+    return mass
+
+
+def least_loaded(loads: Sequence[int]) -> int:
+    """The rank that the next frames belong to: the one that holds the fewest, the lower one of equals."""
+    return min(range(len(loads)), key=lambda rank: loads[rank])
 
 
 class _Replicated(torch.autograd.Function):

@@ -17,10 +17,13 @@ from hourllava.errors import MemoryFileError, ModelError
 
 from .pages import PAGE_SIZE, MemoryPages, frame_slots, open_pages, page_count, rows_in_use
 from .pool import Pool
+from .sharding import Shard
 from .storage import Pieces, as_bytes, read_memory_file, write_memory_file
 
 SUMMARY_ROWS = 3  # of a page and head: mean, least and greatest key
-FILE_GROWTH = 256  # frames that a memory in files grows by; growing moves nothing there
+# A memory in files grows by this share of what it holds, and by so many frames at the most: growing moves nothing,
+# and files are never much larger than what they hold.
+FILE_SHARE, FILE_GROWTH = 16, 256
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ class MemoryPrefix:
     frames: int
     tokens: Tensor  # (T, N, C)
     pages: list[MemoryPages]  # one entry a block
+    shard: Shard | None = None  # where all frames lie, if `tokens` and `pages` are only those of one process
 
 
 class VideoMemory:
@@ -114,6 +118,7 @@ class VideoMemory:
         damage: one line on what of the video could not be read, or None.
         path: the file that the memory was loaded from, or None.
         source: absolute path of the video that was watched, or None; the memory does not need it.
+        skipped: seconds of the video before the next one that are not here, since other processes hold them.
     """
 
     def __init__(
@@ -131,6 +136,7 @@ class VideoMemory:
         self.damage: str | None = None
         self.path: str | None = None
         self.source: str | None = None
+        self.skipped = 0
         self._writer: MemoryWriter | None = None
         self._journal: Journal | None = None
         self._lock = threading.Lock()  # held while rows are written
@@ -215,9 +221,10 @@ class VideoMemory:
         """
         writer, start = self._attached(), self.frames
         self.reserve(start + len(frames))
+        second = start + self.skipped
         try:
-            for first, end, offset in batches(start, start + len(frames), writer.batch):
-                self._append_batch(writer, frames[first - start : end - start], offset)
+            for first, end, offset in batches(second, second + len(frames), writer.batch):
+                self._append_batch(writer, frames[first - second : end - second], offset)
             if self._journal is not None and len(frames):
                 self._journal.commit(start, self)
         except BaseException:
@@ -229,10 +236,10 @@ class VideoMemory:
     @torch.no_grad()
     def append_features(self, features: Tensor) -> None:
         """Add seconds of which the features (n, N, Cv) are kept already: `append` without the tower and the journal."""
-        writer, start = self._attached(), self.frames
-        self.reserve(start + len(features))
-        for first, end, offset in batches(start, start + len(features), writer.batch):
-            self._write(writer, features[first - start : end - start].to(writer.device, self.shape.dtype), offset)
+        writer, second = self._attached(), self.frames + self.skipped
+        self.reserve(self.frames + len(features))
+        for first, end, offset in batches(second, second + len(features), writer.batch):
+            self._write(writer, features[first - second : end - second].to(writer.device, self.shape.dtype), offset)
 
     def row_digest(self, first: int, end: int) -> str:
         """Hash of everything that frames `first` to `end` wrote: tokens, and keys and values of every block."""
@@ -261,7 +268,8 @@ class VideoMemory:
         if frames <= held:
             return
         if not exactly:
-            frames = max(frames, held + FILE_GROWTH if self._in_files else held * 3 // 2)
+            more = min(held // FILE_SHARE, FILE_GROWTH) if self._in_files else held // 2
+            frames = max(frames, held + more)
         self._tokens.reserve(frames)
         for pool in self._page_pools():
             pool.reserve(page_count(frames, self.shape.per_frame))
@@ -330,6 +338,7 @@ class VideoMemory:
         projected = writer.keys_values(tokens)
         per_frame, end = self.shape.per_frame, self.frames + count
         slots, position_ids = frame_slots(torch.arange(self.frames, end, device=self.device), per_frame)
+        position_ids += self.skipped * (per_frame + 1)
         # Only the pages that get rows are shown to the operator, whose checks take time for every page it is shown.
         first, pages = int(slots.min()) // PAGE_SIZE, page_count(end, per_frame)
         inside, lengths = slots - first * PAGE_SIZE, rows_in_use(end, per_frame, self.device, first)

@@ -11,7 +11,7 @@ from .parts import parts_table
 from .processing import HourLlavaProcessor
 from .prompt import build_example, build_prompt
 from .subtitles import Subtitles
-from .watching import FrameWriter
+from .watching import FrameWriter, watch_sharded
 
 __all__ = [
     "Answer",
@@ -29,4 +29,5 @@ __all__ = [
     "load_model",
     "parts_table",
     "tiny_config",
+    "watch_sharded",
 ]

@@ -7,18 +7,20 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
-from hourllava.errors import QuestionError
-from hourllava.memory import HeldMemory, MemoryPages, MemoryPrefix, VideoMemory
+from hourllava.errors import InputError, QuestionError
+from hourllava.memory import HeldMemory, MemoryPages, MemoryPrefix, Shard, ShardedMemory, VideoMemory
 from hourllava.memory.pages import PAGE_SIZE, frame_slots, video_layout
 from hourllava.video import clock
 
-from .budget import Budget, as_budget
+from .budget import ALL, Budget, as_budget
 from .forgetting import Forgetting, remembered_frames, spread_frames
 from .inputs import check_length
 from .memaug import MemoryUse
 from .prompt import build_prompt, time_instruction
 from .remembering import Choice, keep_of_video, repeat_frames
+from .sharing import keep_of_shards, whole_memory
 from .stream import Interleaved, interleave, query_stream
 from .watching import memory_fingerprint
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from .modeling import HourLlavaForConditionalGeneration
 
 TOP_TOKENS = 5
+Memory = VideoMemory | HeldMemory | ShardedMemory  # what can be asked
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ class Answer:
     mass: Tensor  # (T,) float32: each second's share of the question's attention to frames, summing to 1
     timings: dict[str, float]  # seconds: "memaug", "decode_text", "total"
     top_tokens: list[tuple[str, float]]  # the likeliest first tokens of the answer and their probabilities
-    page_mass: Tensor | None = None  # (blocks, P) each page's share of the question's attention; None without memory
+    # (blocks, P) each page's share of the question's attention, of the pages on this process; None without memory
+    page_mass: Tensor | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -67,7 +71,7 @@ class AskOptions:
     """How a question is asked; the defaults are the paper's model, answered greedily."""
 
     max_new_tokens: int = 16
-    budget: Budget | str | None = None  # how much of the memory each MemAug block may read; None reads all of it
+    budget: Budget | str | None = None  # how much of the memory each block may read, or "all"; None: as the config says
     memaug: bool = True  # False: the decoder gets the kept tokens as they are
     use_memory: bool = True  # False: MemAug runs without its attention to the memory
     temporal_forgetting: str | None = None  # instead of the config's rules and seed
@@ -76,9 +80,7 @@ class AskOptions:
 
 
 @torch.no_grad()
-def ask(
-    model: "HourLlavaForConditionalGeneration", memory: VideoMemory | HeldMemory, question: str, options: AskOptions
-) -> Answer:
+def ask(model: "HourLlavaForConditionalGeneration", memory: Memory, question: str, options: AskOptions) -> Answer:
     """See `HourLlavaForConditionalGeneration.ask`."""
     if not question.strip():
         raise QuestionError("question", "it is empty", "ask something about the video")
@@ -120,14 +122,19 @@ def _prefill(
     """The decoder's input (1, M, C), each second's share of the question's attention (T,), each page's (blocks, P)."""
     is_image = model.image_tokens(ids)[None]
     frames, per_frame = remembered_frames(model.config, memory.frames), memory.tokens.shape[1]
-    tokens = repeat_frames(model.config, memory.tokens)
+    if memory.shard and frames > memory.frames:
+        memory = whole_memory(memory)
+    shard = memory.shard
+    tokens = memory.tokens if shard else repeat_frames(model.config, memory.tokens)
     text = model.model.embed_tokens(ids.masked_fill(is_image[0], 0))
     rules = (options.temporal_forgetting, options.spatial_forgetting, options.forgetting_seed)
     behind = query_mask & (is_image[0].cumsum(0) > 0)
     # A memory's tokens may lie elsewhere than its pages and the model: what is kept of them moves, not all.
     choice = Choice(Forgetting.of(model.config, *rules), text[behind].to(tokens.device))
     newline = model.model.image_newline
-    kept = keep_of_video(model.config, tokens, newline.to(tokens.device), choice).to(newline.device)
+    keep = newline.to(tokens.device), choice
+    kept = keep_of_shards(model.config, memory, *keep) if shard else keep_of_video(model.config, tokens, *keep)
+    kept = kept.to(newline.device)
     lengths = [len(kept.tokens)]
     final = interleave(is_image, ~is_image, lengths)
     limit = model.config.text_config.max_position_embeddings
@@ -136,12 +143,13 @@ def _prefill(
     if options.memaug:
         span = [frames * (per_frame + 1)]
         rows, stream = query_stream(is_image, query_mask[None], kept.position_ids, lengths, span)
-        second, budget = seconds_of(memory.frames, frames).to(newline.device), as_budget(options.budget)
-        pages = _pages(model, memory, tokens)
+        second = (shard.seconds if shard else seconds_of(memory.frames, frames)).to(newline.device)
+        budget, pages = _budget(model, shard, options), memory.pages if shard else _pages(model, memory, tokens)
         use = MemoryUse(
             options.use_memory,
             budget.resolve(second, memory.frames, per_frame, pages[0]) if budget else None,
-            _evidence_rows(rows) if options.use_memory else None,
+            _evidence_rows(rows, text.dtype) if options.use_memory else None,
+            shard.group if shard else None,
         )
         queries = torch.cat([text, kept.tokens])[rows.order]
         augmented, page_mass = model.model.vision_resampler(queries, stream, pages, use)
@@ -152,9 +160,19 @@ def _prefill(
     return torch.cat([text, visual])[final.order][None], mass, page_mass
 
 
-def _evidence_rows(rows: Interleaved) -> Tensor:
-    """How much each query row counts as evidence: the question's own rows say what it looked for, (M,) float32."""
-    return (~rows.visual & (rows.rank > rows.visual.nonzero().max())).to(torch.float32)
+def _budget(model: "HourLlavaForConditionalGeneration", shard: Shard | None, options: AskOptions) -> Budget | None:
+    """What a question may read: what it says, else what the model's config says."""
+    if shard is None:
+        return as_budget(options.budget or model.config.memory_budget)
+    if as_budget(options.budget or ALL) is not None:
+        raise InputError("budget", "the pages to choose from lie on many processes", "ask them without a budget")
+    return None
+
+
+def _evidence_rows(rows: Interleaved, dtype: torch.dtype) -> Tensor:
+    """How much each query row counts as evidence: the question's own rows say what it looked for, (M,) float32 or
+    wider."""
+    return (~rows.visual & (rows.rank > rows.visual.nonzero().max())).to(torch.promote_types(dtype, torch.float32))
 
 
 def _pages(model: "HourLlavaForConditionalGeneration", memory: MemoryPrefix, tokens: Tensor) -> list[MemoryPages]:
@@ -175,7 +193,7 @@ def seconds_of(seconds: int, frames: int) -> Tensor:
 def _mass_of_seconds(page_mass: Tensor, second: Tensor, memory: MemoryPrefix) -> Tensor:
     """Spread each page's attention evenly over its rows and sum by second, newlines left out: (T,), summing to 1.
 
-    `second` is that of each frame of the memory.
+    `second` is that of each frame in these pages.
     """
     frames, per_frame = len(second), memory.tokens.shape[1]
     slots, _ = frame_slots(torch.arange(frames, device=page_mass.device), per_frame)
@@ -183,6 +201,8 @@ def _mass_of_seconds(page_mass: Tensor, second: Tensor, memory: MemoryPrefix) ->
     share = page_mass.to(torch.float32) / torch.bincount(page, minlength=len(page_mass)).clamp(min=1)
     by_frame = share[page].view(frames, per_frame).sum(1)
     mass = page_mass.new_zeros(memory.frames, dtype=torch.float32).index_add(0, second, by_frame)
+    if memory.shard:
+        dist.all_reduce(mass, group=memory.shard.group)
     return (mass / mass.sum().clamp(min=torch.finfo(mass.dtype).tiny)).cpu()
 
 

@@ -15,6 +15,7 @@ from .memaug import PageBudget
 
 MODES = ("both", "content", "rotated")
 FORMS = "write pages as 128p, seconds as 60s, or a share as 1/16"
+ALL = "all"  # exact reading
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Budget:
         """
         found = re.fullmatch(r"(?P<pages>\d+)p|(?P<seconds>\d+(\.\d+)?)s|1/(?P<part>\d+)", text.strip())
         if found is None:
-            raise InputError("budget", f"{text!r} is no budget", FORMS)
+            raise InputError("budget", f"{text!r} is no budget", f"{FORMS}, or all to read all of it")
         pages, seconds, part = (found[name] for name in ("pages", "seconds", "part"))
         if pages is not None:
             return cls(pages=int(pages))
@@ -103,6 +104,8 @@ class Budget:
         return (slots // PAGE_SIZE).unique()
 
 
-def as_budget(given: "Budget | str | None") -> Budget | None:
-    """What `ask` is given as its budget: an object, or its short form."""
+def as_budget(given: "Budget | str") -> Budget | None:
+    """What `ask` is given as its budget, an object or its short form; None for "all", which reads every page."""
+    if given == ALL:
+        return None
     return Budget.parse(given) if isinstance(given, str) else given

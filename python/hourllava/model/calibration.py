@@ -12,22 +12,25 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
+from transformers import Qwen2Model
 
-import hourllava_ext as ext
 from hourllava.memory import Repository
-from hourllava.memory.pages import PAGE_SIZE
-from hourllava.video import VideoReader, write_video
+from hourllava.memory.pages import PAGE_SIZE, MemoryPages
+from hourllava.video import VideoReader, repeat_video, write_video
+from hourllava.video.runs import SEGMENT
 
 from .configuration import HourLlavaConfig
-from .memaug import Block, rotary_frequencies
+from .loading import load_model
+from .memaug import Block, MemoryUse, rotary_frequencies
+from .planning import PROMPT
+from .stream import QueryStream
 from .vision import VisionTower
 from .watching import BATCH, CHUNK, memory_shape
 
 ROUNDS = 3
 ROWS = 256  # of a question, and
 PAGES = 64  # that these read: enough that a rate does not depend on them
-CLIP_SIZE, CLIP_FPS, CLIP_SECONDS = (360, 640), 25, 8
+CLIP_SIZE, CLIP_FPS, CLIP_SECONDS = (360, 640), 25, 10
 LAYER_FLOP = 2e10  # about a second on a slow machine: a pass has as many frames as stay below this
 
 
@@ -40,6 +43,7 @@ class Rates:
     write: float  # frames projected, written to pages and committed in a second
     row: float  # seconds that MemAug and the decoder take for a row of a question
     pair: float  # seconds that one head's attention takes for a row of a question and one that it looks at
+    least: float  # seconds that a question takes whatever the model
 
     def times(self, config: HourLlavaConfig, frames: int, tokens: int, queries: int) -> dict[str, float]:
         """Seconds to decode, encode and write so many frames, and to the first word of an answer about them."""
@@ -49,7 +53,7 @@ class Rates:
             "decode": frames / self.decode,
             "encode": frames / self.encode,
             "write": frames / self.write,
-            "question": queries * self.row + pairs * decoder.num_attention_heads * self.pair,
+            "question": self.least + queries * self.row + pairs * decoder.num_attention_heads * self.pair,
         }
 
 
@@ -60,9 +64,10 @@ def measure(config: HourLlavaConfig, dtype: torch.dtype) -> Rates:
     torch.set_default_dtype(dtype)
     try:
         row, pair = _question_rates(config)
-        return Rates(_decode_rate(), _encode_rate(config), _write_rate(config, dtype), row, pair)
+        rates = _decode_rate(config.tile_size), _encode_rate(config), _write_rate(config, dtype), row, pair
     finally:
         torch.set_default_dtype(before)
+    return Rates(*rates, _least_question())
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -76,14 +81,20 @@ def seconds(work: Callable[[], object]) -> float:
     return min(taken)
 
 
-def _decode_rate() -> float:
+def _decode_rate(size: int) -> float:
+    """Of a clip that is long enough for all cores and as restless as a camera's, to pictures of this side."""
     height, width = CLIP_SIZE
-    ramp = np.arange(height)[:, None, None] + np.arange(width)[:, None] + np.arange(3) * 40
-    pictures = ((ramp + 5 * n).astype(np.uint8) for n in range(CLIP_FPS * CLIP_SECONDS))
+    ramp = (np.arange(height)[:, None, None] + np.arange(width)[:, None] + np.arange(3) * 40) // 5
+    grain = np.random.default_rng(0).integers(-2, 3, (height, width, 1))
+    pictures = (
+        (ramp + np.roll(grain, (7 * n, 13 * n), (0, 1))).astype(np.uint8) for n in range(CLIP_FPS * CLIP_SECONDS)
+    )
+    times = -(-2 * SEGMENT * torch.get_num_threads() // CLIP_SECONDS)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "clip.mp4"
-        write_video(path, pictures, Fraction(CLIP_FPS), CLIP_SIZE)
-        return CLIP_SECONDS / seconds(lambda: sum(1 for _ in VideoReader(path).chunks(384, CLIP_SECONDS)))
+        once, clip = Path(folder) / "once.mp4", Path(folder) / "clip.mp4"
+        write_video(once, pictures, Fraction(CLIP_FPS), CLIP_SIZE)
+        repeat_video(once, clip, times)
+        return times * CLIP_SECONDS / seconds(lambda: sum(1 for _ in VideoReader(clip).chunks(size, CHUNK)))
 
 
 def _encode_rate(config: HourLlavaConfig) -> float:
@@ -91,7 +102,8 @@ def _encode_rate(config: HourLlavaConfig) -> float:
     tower = config.vision_config
     patches = config.patches_per_side**2
     flop = 2.0 * patches * tower.hidden_size * (4 * tower.hidden_size + 2 * tower.intermediate_size)
-    frames = torch.zeros(max(1, min(BATCH, int(LAYER_FLOP / flop))), 3, tower.image_size, tower.image_size)
+    count = max(1, min(BATCH, int(LAYER_FLOP / flop)))
+    frames = torch.zeros(count, 3, tower.image_size, tower.image_size, dtype=torch.uint8)
     times = []
     for layers in (1, 2):
         smaller = deepcopy(tower)
@@ -141,21 +153,41 @@ def _write_rate(config: HourLlavaConfig, dtype: torch.dtype) -> float:
 
 
 def _question_rates(config: HourLlavaConfig) -> tuple[float, float]:
-    """Seconds per row, and per row, other row and head."""
+    """Seconds per row, and per row, other row and head: from blocks with little memory and with more, and from decoders
+    of one layer and of two."""
     decoder = config.text_config
-    heads, key_heads = decoder.num_attention_heads, decoder.num_key_value_heads
-    head_dim = decoder.hidden_size // heads
     block, inv_freq = Block(decoder), rotary_frequencies(decoder, torch.device("cpu"))
     x = torch.randn(ROWS, decoder.hidden_size)
-    memaug = seconds(lambda: block.mlp(x))
-    for layer in (block.self_attn.Wqkv, block.self_attn.Wo, block.cross_attn.Wq, block.cross_attn.Wo):
-        memaug += seconds(lambda layer=layer: layer(x))  # type: ignore[misc]
-    mlp = Qwen2MLP(decoder)
-    pages = torch.randn(PAGES, key_heads, PAGE_SIZE, head_dim)
-    table = torch.arange(PAGES, dtype=torch.int32)[None]
-    lengths = torch.full((PAGES,), PAGE_SIZE, dtype=torch.int32)
-    places = torch.arange(ROWS), torch.tensor([0, ROWS]), inv_freq
-    query = torch.randn(ROWS, heads, head_dim)
-    attention = seconds(lambda: ext.paged_attention(query, pages, pages, table, lengths, *places))
-    row = (config.memaug_depth * memaug + decoder.num_hidden_layers * seconds(lambda: mlp(x))) / ROWS
-    return row, attention / (ROWS * PAGES * PAGE_SIZE * heads)
+    ids, bounds = torch.arange(ROWS), torch.tensor([0, ROWS])
+    stream = QueryStream(ids, bounds, [ROWS])
+    use = MemoryUse(mass_weight=(ids >= ROWS - PROMPT).float())
+
+    def attend(pages: int) -> float:
+        shape = (pages, decoder.num_key_value_heads, PAGE_SIZE, decoder.hidden_size // decoder.num_attention_heads)
+        keys, values = torch.randn(shape), torch.randn(shape)
+        table, lengths = (
+            torch.arange(pages, dtype=torch.int32)[None],
+            torch.full((pages,), PAGE_SIZE, dtype=torch.int32),
+        )
+        memory = MemoryPages(keys, values, torch.empty(0), lengths, table)
+        return seconds(lambda: block(x, keys, values, stream, inv_freq, memory, use))
+
+    few, more = attend(PAGES), attend(5 * PAGES)
+    page = max(more - few, 0.0) / (4 * PAGES)
+    times = []
+    for layers in (1, 2):
+        smaller = deepcopy(decoder)
+        smaller.num_hidden_layers, smaller.vocab_size = layers, 8
+        smaller.layer_types = smaller.layer_types[:layers]
+        model = Qwen2Model(smaller).eval()
+        times.append(seconds(lambda model=model: model(inputs_embeds=x[None])))  # type: ignore[misc]
+    layer = max(times[1] - times[0], 0.0)
+    row = (config.memaug_depth * (few - PAGES * page) + decoder.num_hidden_layers * layer) / ROWS
+    return row, page / (ROWS * PAGE_SIZE * decoder.num_attention_heads)
+
+
+def _least_question() -> float:
+    """Seconds that a question takes whatever the model: of the small one, about one second."""
+    model = load_model("tiny")
+    memory = model.watch(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), progress=False)
+    return seconds(lambda: model.ask(memory, "What is seen?", max_new_tokens=1))

@@ -35,6 +35,8 @@ class HourLlavaConfig(PreTrainedConfig):
         image_max_tiles: the tokens of more tiles than this are scaled down to about so many.
         image_token_id: id of the token that the visual tokens replace; the original's -200 is always understood too.
         time_instruction: whether prompts tell the video's length (SPEC C.7).
+        memory_budget: how much of a memory `ask` reads where the call does not say: `all`, or what
+            `hourllava retrieval-report` finds to be enough, as `128p`, `60s` or `1/16`.
         head_is_stored: the checkpoint that this came from holds the tied head a second time.
         original: the original's config.json that this came from, for the way back.
     """
@@ -59,6 +61,7 @@ class HourLlavaConfig(PreTrainedConfig):
     forgetting_seed: int = 0
     image_token_id: int = ORIGINAL_IMAGE_TOKEN
     time_instruction: bool = False
+    memory_budget: str = "all"
     tie_word_embeddings: bool = False
     head_is_stored: bool = False
     original: dict[str, Any] | None = None

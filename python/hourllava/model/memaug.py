@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import hourllava_ext as ext
 from hourllava.memory.pages import PAGE_SIZE, MemoryPages, PageLayout
-from hourllava.memory.sharding import sharded_attention
+from hourllava.memory.sharding import page_mass, sharded_attention
 
 from .stream import QueryStream
 
@@ -35,7 +35,7 @@ class MemoryUse:
     use_memory: bool = True  # False drops the cross-attention term, keeping everything else
     budget: PageBudget | None = None  # None reads all
     mass_weight: Tensor | None = None  # (M,) weight of each query row in the returned attention mass
-    group: dist.ProcessGroup | None = None  # processes that hold the other pages; neither budget nor mass with it
+    group: dist.ProcessGroup | None = None  # processes that hold the other pages; no budget with it
 
 
 def rotary_frequencies(config: PreTrainedConfig, device: torch.device) -> Tensor:
@@ -94,36 +94,43 @@ class CrossAttention(nn.Module):
         rows' attention (P,) if asked for.
         """
         query = self.Wq(x).view(len(x), -1, self.head_dim)
+        weight, table = use.mass_weight, pages.page_table
         if use.group is not None:
-            out, lse = sharded_attention(query, pages, stream.position_ids, stream.cu_seqlens, inv_freq, use.group)
-            return self.Wo(out.flatten(1)), lse, None
-        bounds, table, budget = stream.cu_seqlens, pages.page_table, use.budget
-        if budget is not None:
-            bounds, table = _tiles(stream, table, budget.tile)
-            table = ext.retrieve(
+            where = (stream.position_ids, stream.cu_seqlens, inv_freq)
+            out, lse = sharded_attention(query, pages, *where, use.group)
+            mass = None if weight is None else page_mass(query, lse, pages, *where, weight)
+        else:
+            bounds = stream.cu_seqlens
+            if use.budget is not None:
+                bounds, table = self._retrieve(query, stream, inv_freq, pages, use.budget)
+            out, lse, *masses = ext.paged_attention(
                 query,
+                pages.key_pages,
+                pages.value_pages,
+                table,
+                pages.page_lengths,
                 stream.position_ids,
                 bounds,
                 inv_freq,
-                pages.key_summary,
-                table,
-                pages.page_lengths,
-                budget.pages,
-                budget.keep,
-                budget.mode,
+                mass_weight=weight,
             )
-        where = (stream.position_ids, bounds, inv_freq)
-        out, lse, *mass = ext.paged_attention(
-            query, pages.key_pages, pages.value_pages, table, pages.page_lengths, *where, mass_weight=use.mass_weight
-        )
-        page_mass = None
-        if mass and use.mass_weight is not None:
-            share = mass[0] * _share_of_sample(use.mass_weight, bounds, stream.cu_seqlens)[:, None]
+            mass = None
+            if weight is not None:
+                mass = masses[0] * _share_of_sample(weight, bounds, stream.cu_seqlens)[:, None]
+        if mass is not None:
             # Holes count towards a page behind the last; picking the others would make the host wait for their number.
             count = len(pages.page_lengths)
             page = torch.where(table >= 0, table, count).flatten().to(torch.int64)
-            page_mass = share.new_zeros(count + 1).index_add(0, page, share.flatten())[:count]
-        return self.Wo(out.flatten(1)), lse, page_mass
+            mass = mass.new_zeros(count + 1).index_add(0, page, mass.flatten())[:count]
+        return self.Wo(out.flatten(1)), lse, mass
+
+    def _retrieve(
+        self, query: Tensor, stream: QueryStream, inv_freq: Tensor, pages: MemoryPages, budget: PageBudget
+    ) -> tuple[Tensor, Tensor]:
+        """Bounds (tiles + 1,) of the rows that choose together, and the pages that they have chosen (tiles, pages)."""
+        bounds, table = _tiles(stream, pages.page_table, budget.tile)
+        where = (bounds, inv_freq, pages.key_summary, table, pages.page_lengths)
+        return bounds, ext.retrieve(query, stream.position_ids, *where, budget.pages, budget.keep, budget.mode)
 
 
 class Block(GradientCheckpointingLayer):

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import hourllava_ext as ext
 from hourllava.errors import InputError, ModelError
-from hourllava.memory import HeldMemory, VideoMemory
+from hourllava.memory import VideoMemory
 from hourllava.memory.pages import join_layouts
 
 from . import asking, blank, pretrained, watching
@@ -251,8 +251,10 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
         """
         return watching.watch(self, source, progress, on_chunk, into)
 
-    def ask(self, memory: VideoMemory | HeldMemory, question: str, max_new_tokens: int = 16, **options: Any) -> Answer:
+    def ask(self, memory: asking.Memory, question: str, max_new_tokens: int = 16, **options: Any) -> Answer:
         """Answer a question about a watched video; nothing is decoded or encoded again.
+
+        A sharded memory is asked by all its processes at once, and all get the answer.
 
         Args:
             max_new_tokens: the longest answer.

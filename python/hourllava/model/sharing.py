@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One video's memory on several processes, for training: each encodes, projects and keeps its own run of frames.
+"""One video's memory on several processes: each encodes, projects and keeps some of its frames.
 
-Text, kept tokens, MemAug's own layers and the decoder are the same on all of them, and so is the loss. Processes are
-expected to average gradients, as they do of different samples: what is computed of a process' own frames alone gets its
-gradients times the number of processes, so that the mean is the sum.
+Text, kept tokens, MemAug's own layers and the decoder are the same on all of them, and so is the loss. In training each
+has one run of a video's frames, in a `ShardedMemory`, which grows, many. Processes that train are expected to average
+gradients, as they do of different samples: what is computed of a process' own frames alone gets its gradients times the
+number of processes, so that the mean is the sum.
 """
 
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from torch import distributed as dist
 
 import hourllava_ext as ext
 from hourllava.errors import InputError
+from hourllava.memory import MemoryPrefix
 from hourllava.memory.pages import MemoryPages, video_layout
 
 from .configuration import HourLlavaConfig
@@ -65,15 +67,36 @@ class Share:
         Raises:
             InputError: the rule of forgetting looks at all frames together.
         """
+        per_frame, device = tokens.shape[1], tokens.device
+        own = self.frames(config, frames)
+        tokens = tokens[(own - own[0]).to(device)] if len(own) else tokens[:0]
+        bounds = self.bounds(remembered_frames(config, frames))
+        first = bounds[self.rank]
+        owner = torch.arange(self.ranks).repeat_interleave(torch.tensor(bounds).diff())
+        kept = self.keep(config, tokens, owner, newline, choice)
+        rows = torch.cat([tokens.flatten(0, 1), newline.expand(len(tokens), -1)])
+        layout = None
+        if len(own):
+            layout = video_layout(len(own), per_frame, device)
+            layout = replace(layout, position_ids=layout.position_ids + first * (per_frame + 1))
+        return Remembered(rows, layout, [kept])
+
+    def keep(self, config: HourLlavaConfig, tokens: Tensor, owner: Tensor, newline: Tensor, choice: Choice) -> Kept:
+        """This process' part of what is kept of a video; what `remembering.keep_of_video` gives on one process.
+
+        Args:
+            tokens: (n, N, C) of this process' frames of the memory, in order.
+            owner: (T,) int64, the process that has each frame of the memory.
+
+        Raises:
+            InputError: the rule of forgetting looks at all frames together.
+        """
         if choice.frames is None and choice.forgetting.temporal in ("keyframe", "question"):
             why = f"{choice.forgetting.temporal} forgetting compares frames that lie on different processes"
             raise InputError("temporal_forgetting", why, "choose uniform or random")
         per_frame, device = tokens.shape[1], tokens.device
-        own = self.frames(config, frames)
-        tokens = tokens[(own - own[0]).to(device)] if len(own) else tokens[:0]
-        total = remembered_frames(config, frames)
-        bounds = self.bounds(total)
-        chosen = choice.frames if choice.frames is not None else kept_frames(config, total, choice.forgetting)
+        owner = owner.to(device)
+        chosen = choice.frames if choice.frames is not None else kept_frames(config, len(owner), choice.forgetting)
         chosen = chosen.to(device, torch.int64)
         if choice.patches is None:
             side = round(per_frame**0.5)
@@ -82,20 +105,13 @@ class Share:
             patches = choice.patches.to(device, torch.int64)[chosen]
         line = torch.full_like(chosen, per_frame)[:, None]
         position_ids = chosen[:, None] * (per_frame + 1) + torch.cat([patches, line], 1)
-        first, last = bounds[self.rank : self.rank + 2]
-        mine = (chosen >= first) & (chosen < last)
+        mine = owner[chosen] == self.rank
+        place = (owner == self.rank).cumsum(0) - 1
         kept = newline[None][:0]
         if bool(mine.any()):
-            kept = ext.forget(tokens, chosen[mine] - first, patches[mine].contiguous(), newline)[0].flatten(0, 1)
-        owner = torch.bucketize(chosen, torch.tensor(bounds[1:-1], device=device), right=True)
-        shares = owner.bincount(minlength=self.ranks) * position_ids.shape[1]
-        rows = torch.cat([tokens.flatten(0, 1), newline.expand(len(tokens), -1)])
-        layout = None
-        if len(own):
-            layout = video_layout(len(own), per_frame, device)
-            layout = replace(layout, position_ids=layout.position_ids + first * (per_frame + 1))
-        span = total * (per_frame + 1)
-        return Remembered(rows, layout, [Kept(kept, position_ids.flatten(), span, tuple(shares.tolist()))])
+            kept = ext.forget(tokens, place[chosen[mine]], patches[mine].contiguous(), newline)[0].flatten(0, 1)
+        shares = owner[chosen].bincount(minlength=self.ranks) * position_ids.shape[1]
+        return Kept(kept, position_ids.flatten(), len(owner) * (per_frame + 1), tuple(shares.tolist()))
 
     def own(self, remembered: Remembered, number: int) -> Remembered:
         """Of the memory of sample `number`, images that every process has seen whole: all on one process, none else."""
@@ -133,6 +149,29 @@ class Share:
             )
             for p in pages
         ]
+
+
+def keep_of_shards(config: HourLlavaConfig, memory: MemoryPrefix, newline: Tensor, choice: Choice) -> Kept:
+    """`remembering.keep_of_video` of a memory that lies on many processes, whole on each of them."""
+    assert memory.shard is not None
+    share, owner = Share.of(memory.shard.group), memory.shard.owner
+    kept = share.keep(config, memory.tokens, owner, newline, choice)
+    frame = kept.position_ids // (memory.tokens.shape[1] + 1)
+    return replace(kept, tokens=_in_order(share.gather([kept]), owner.to(frame.device)[frame]))
+
+
+def whole_memory(memory: MemoryPrefix) -> MemoryPrefix:
+    """A short memory's tokens from all processes, on each of them; its pages stay where they are."""
+    assert memory.shard is not None
+    share, per_frame = Share.of(memory.shard.group), memory.tokens.shape[1]
+    owner = memory.shard.owner.repeat_interleave(per_frame)
+    own = Kept(memory.tokens.flatten(0, 1), owner, 0, tuple(owner.bincount(minlength=share.ranks).tolist()))
+    return MemoryPrefix(memory.frames, _in_order(share.gather([own]), owner).unflatten(0, (-1, per_frame)), [])
+
+
+def _in_order(rows: Tensor, owner: Tensor) -> Tensor:
+    """Rows (n, C) that stand process after process, as they stood before they were shared out to `owner` (n,)."""
+    return rows[owner.argsort(stable=True).argsort().to(rows.device)]
 
 
 class _Gathered(torch.autograd.Function):

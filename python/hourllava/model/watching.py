@@ -5,14 +5,16 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from tqdm import tqdm
 
 from hourllava.errors import ModelError, VideoError
-from hourllava.memory import MemoryShape, VideoMemory, scratch_files
+from hourllava.memory import MemoryShape, ShardedMemory, VideoMemory, scratch_files
 from hourllava.video import LiveReader, VideoReader, open_video, resize_frames
 
 from .configuration import HourLlavaConfig
@@ -131,7 +133,6 @@ def _hash_of(named: dict[str, Tensor], settings: object, dtype: torch.dtype | No
     return digest.hexdigest()
 
 
-@torch.no_grad()
 def watch(
     model: "HourLlavaForConditionalGeneration",
     source: Source,
@@ -141,6 +142,45 @@ def watch(
 ) -> VideoMemory:
     """See `HourLlavaForConditionalGeneration.watch`."""
     memory = into if isinstance(into, VideoMemory) else new_memory(FrameWriter(model), into)
+    for _ in _take_in(model, source, memory, progress):
+        if on_chunk is not None:
+            on_chunk(memory)
+    return memory
+
+
+def watch_sharded(
+    model: "HourLlavaForConditionalGeneration",
+    source: Source,
+    group: dist.ProcessGroup | None = None,
+    progress: bool = True,
+) -> ShardedMemory:
+    """Take a video in, spread over the processes of a group, all of which call this.
+
+    Each decodes all of it, and encodes and keeps its part.
+
+    Args:
+        source: what `HourLlavaForConditionalGeneration.watch` takes, but no stream.
+        group: None is the default group.
+        progress: show a bar on stderr.
+
+    Raises:
+        VideoError: the video cannot be read at all, or is a stream.
+        ModelError: the model has no vision tower.
+    """
+    if isinstance(source, LiveReader):
+        todo = "let one process follow it with --into, and ask the repository"
+        raise VideoError(source.name, "every process would get another part of a stream", todo)
+    memory = ShardedMemory(FrameWriter(model), group)
+    for _ in _take_in(model, source, memory, progress):
+        pass
+    return memory
+
+
+@torch.no_grad()
+def _take_in(
+    model: "HourLlavaForConditionalGeneration", source: Source, memory: VideoMemory | ShardedMemory, progress: bool
+) -> Iterator[None]:
+    """Append a video's frames to its memory, and yield after each chunk of them."""
     opened = open_video(source, device=model.device) if isinstance(source, str | os.PathLike) else source
     expected = opened.frames_expected if isinstance(opened, VideoReader) else None
     if isinstance(opened, Tensor):
@@ -166,11 +206,10 @@ def watch(
                 memory.damage = opened.message
             memory.append(frames)
             bar.update(len(frames))
-            if on_chunk is not None:
-                on_chunk(memory)
+            del frames  # or it would be there until the next chunk has been made
+            yield
     if memory.frames == 0:
         raise VideoError("video", "it holds no frame", "give at least one frame")
-    return memory
 
 
 def new_memory(writer: FrameWriter, folder: str | os.PathLike[str] | None = None) -> VideoMemory:
@@ -182,17 +221,19 @@ def new_memory(writer: FrameWriter, folder: str | os.PathLike[str] | None = None
 
 
 def _after(frames: int, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Leave out the first frames, which a memory holds already."""
+    """Leave out the first frames, which a memory holds already; chunks that were given out are not held."""
     for chunk in chunks:
         rest = chunk[frames:]
         frames -= len(chunk) - len(rest)
+        del chunk
         if len(rest):
             yield rest
+        del rest
 
 
 def _chunks(source: VideoReader | LiveReader | Tensor | Iterable[Tensor], size: int) -> Iterator[Tensor]:
     if isinstance(source, VideoReader | LiveReader):
-        return (chunk.frames for chunk in source.chunks(size, chunk=CHUNK))
+        return map(attrgetter("frames"), source.chunks(size, chunk=CHUNK))
     if isinstance(source, Tensor):
         return iter(source.split(CHUNK))
     return iter(source)

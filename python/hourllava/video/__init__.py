@@ -7,7 +7,7 @@ from hourllava.video.opening import DecoderChoice, choose_decoder, open_video
 from hourllava.video.reader import FrameChunk, ReadReport, VideoReader
 from hourllava.video.resize import resize_frames
 from hourllava.video.stills import stills
-from hourllava.video.writer import write_video
+from hourllava.video.writer import repeat_video, write_video
 
 __all__ = [
     "DecoderChoice",
@@ -19,6 +19,7 @@ __all__ = [
     "clock",
     "is_url",
     "open_video",
+    "repeat_video",
     "resize_frames",
     "seconds_of_clock",
     "stills",

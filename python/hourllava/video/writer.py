@@ -72,3 +72,19 @@ def _encode(partial: Path, path: Path, frames: Iterable[np.ndarray], fps: Fracti
     if not count:
         raise VideoError(path, "there is no frame to write", "pass at least one frame")
     return count
+
+
+def repeat_video(path: str | os.PathLike[str], target: str | os.PathLike[str], times: int) -> None:
+    """Write the packets of an MP4 file that begins with a key picture again and again, end to end; none is encoded."""
+    with av.open(os.fspath(target), "w", options={"movflags": "+faststart"}) as container:
+        stream = None
+        for number in range(times):
+            with av.open(os.fspath(path)) as source:
+                video = source.streams.video[0]
+                stream = stream or container.add_stream_from_template(video)
+                later = number * (video.duration or 0)
+                for packet in source.demux(video):
+                    if packet.dts is None or packet.pts is None:
+                        continue
+                    packet.pts, packet.dts, packet.stream = packet.pts + later, packet.dts + later, stream
+                    container.mux(packet)
