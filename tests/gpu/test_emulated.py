@@ -26,6 +26,10 @@ def everything(width: int, dtype: torch.dtype) -> list[Tensor]:
     out, lse = torch.randn(3, 20, 2, width).to(dtype), torch.randn(3, 2, 20)
     merged = ops.merge_attention(out, lse)
     results += [*merged, *ops.merge_attention_backward(*merged, out, lse)]
+    rows, residual = torch.randn(2, 20, 16 * width).to(dtype)
+    weight, bias = torch.randn(2, 16 * width).to(dtype)
+    normed, *statistics = ops.add_norm(rows, residual, weight, bias, 1e-5)
+    results += [normed, *statistics, *ops.add_norm_backward(normed, rows, residual, weight, *statistics)]
     tokens, newline = torch.randn(5, 9, width).to(dtype), torch.randn(width).to(dtype)
     frames, patches = torch.randint(5, (37,)), torch.randint(9, (37, 3))
     kept, position_ids = ops.forget(tokens, frames, patches, newline)
