@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The queries of a question, 4096 (65536 on a GPU), added to their residual and normalised, beside torch's LayerNorm."""
+"""The queries of a question, 4096 (65536 on a GPU), added to a residual and normalised, beside torch's LayerNorm."""
 
 from typing import Any
 

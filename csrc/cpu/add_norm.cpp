@@ -38,7 +38,7 @@ template <class T>
 ALWAYS_INLINE void add_norm_rows(const AddNormParams<T>& p, int64_t first, int64_t last) {
     using A = accumulate_t<T>;
     std::vector<A> buffer(3 * p.width);
-    A *__restrict row = buffer.data(), *__restrict weight = row + p.width, *__restrict bias = weight + p.width;
+    A* __restrict row = buffer.data(), * __restrict weight = row + p.width, * __restrict bias = weight + p.width;
     widen_row(p.weight, p.width, weight);
     widen_row(p.bias, p.width, bias);
     for (int64_t m = first; m < last; ++m) {
@@ -59,10 +59,10 @@ template <class T>
 ALWAYS_INLINE void add_norm_chunks(const AddNormBackwardParams<T>& p, int64_t first, int64_t last) {
     using A = accumulate_t<T>;
     std::vector<A> buffer(3 * p.width);
-    A *__restrict weight = buffer.data(), *__restrict normed = weight + p.width, *__restrict scaled = normed + p.width;
+    A* __restrict weight = buffer.data(), * __restrict normed = weight + p.width, * __restrict scaled = normed + p.width;
     widen_row(p.weight, p.width, weight);
     for (int64_t k = first; k < last; ++k) {
-        A *__restrict to_weight = p.partial + 2 * k * p.width, *__restrict to_bias = to_weight + p.width;
+        A* __restrict to_weight = p.partial + 2 * k * p.width, * __restrict to_bias = to_weight + p.width;
         std::fill(to_weight, to_bias + p.width, A(0));
         for (int64_t m = k * p.chunk_rows; m < std::min(p.tokens, (k + 1) * p.chunk_rows); ++m) {
             const T *x = p.x + m * p.width, *residual = p.residual + m * p.width, *grad = p.grad + m * p.width;
@@ -99,10 +99,10 @@ CPU_KERNEL(add_norm_cpu, AddNormParams, add_norm_rows, p.tokens, p.width)
 CPU_KERNEL(add_norm_chunks_cpu, AddNormBackwardParams, add_norm_chunks, p.chunks, p.chunk_rows* p.width)
 CPU_KERNEL(add_norm_columns_cpu, AddNormBackwardParams, add_norm_columns, 2 * p.width, p.chunks)
 
-#define ADD_NORM_BACKWARD(T)                                         \
+#define ADD_NORM_BACKWARD(T)                                        \
     void add_norm_backward_cpu(const AddNormBackwardParams<T>& p) { \
-        add_norm_chunks_cpu(p);                                      \
-        add_norm_columns_cpu(p);                                     \
+        add_norm_chunks_cpu(p);                                     \
+        add_norm_columns_cpu(p);                                    \
     }
 FOR_EACH_DTYPE(ADD_NORM_BACKWARD)
 

@@ -60,11 +60,11 @@ __global__ void norm_rows(AddNormParams<T> p) {
     // From the first column on: the sum of a row far from zero would round away what tells its columns apart.
     float start[1] = {}, total = 0, squares = 0;
     if (p.width > 0) read_sums<T, 1>(row.x, row.residual, 0, start);
-    row.each([&](int64_t, const float(&sums)[N]) {
+    row.each([&](int64_t, const float (&sums)[N]) {
         for (int e = 0; e < N; ++e) total += sums[e] - start[0];
     });
     const float mean = start[0] + block_sum(total) / width;
-    row.each([&](int64_t, const float(&sums)[N]) {
+    row.each([&](int64_t, const float (&sums)[N]) {
         for (int e = 0; e < N; ++e) squares += (sums[e] - mean) * (sums[e] - mean);
     });
     const float rstd = 1 / sqrtf(block_sum(squares) / width + static_cast<float>(p.eps));
@@ -72,7 +72,7 @@ __global__ void norm_rows(AddNormParams<T> p) {
         p.mean[blockIdx.x] = mean;
         p.rstd[blockIdx.x] = rstd;
     }
-    row.each([&](int64_t at, const float(&sums)[N]) {
+    row.each([&](int64_t at, const float (&sums)[N]) {
         const Pack<T, N> weight = read<T, N>(p.weight + at), bias = read<T, N>(p.bias + at);
         Pack<T, N> out;
         for (int e = 0; e < N; ++e) {

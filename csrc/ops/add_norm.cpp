@@ -27,16 +27,9 @@ std::tuple<Tensor, Tensor, Tensor> add_norm(const Tensor& x,         // (M, C)
     dispatch_dtype("add_norm", "x", x, [&](auto type) {
         using T = decltype(type);
         using A = accumulate_t<T>;
-        const AddNormParams<T> p{data<T>(rows),
-                                 data<T>(others),
-                                 data<T>(scale),
-                                 data<T>(shift),
-                                 mutable_data<T>(out),
-                                 mutable_data<A>(mean),
-                                 mutable_data<A>(rstd),
-                                 tokens,
-                                 width,
-                                 eps};
+        const AddNormParams<T> p{
+            data<T>(rows),         data<T>(others),       data<T>(scale), data<T>(shift), mutable_data<T>(out),
+            mutable_data<A>(mean), mutable_data<A>(rstd), tokens,         width,          eps};
         if constexpr (kHasCuda<T>) {
             if (on_gpu(x)) return add_norm_cuda(p, OnDevice(x));
         }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A program normalises a row that it reads once; what rows add to weight and bias is summed by chunks, then in order."""
+"""A program normalises a row that it reads once; what rows add to weight and bias is summed by chunks."""
 
 import torch
 import triton

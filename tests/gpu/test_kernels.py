@@ -50,7 +50,7 @@ def test_keyframe_score(device: str, shape: tuple[int, ...], dtype: torch.dtype)
     assert_matches_reference(on(device, hourllava_ext.keyframe_score), reference.keyframe_score, features, window)
 
 
-# M, C: vectors and single columns, in registers and wider than a block holds there, a last chunk of three rows, nothing.
+# M, C: vectors and single columns, in registers and beyond them, a last chunk of three rows, nothing.
 ROWS = [(9, 48), (3, 33), (2, 4104), (2, 1031), (19, 8), (0, 8), (3, 0)]
 
 
