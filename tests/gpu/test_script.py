@@ -57,17 +57,8 @@ def test_steps(tmp_path: Path) -> None:
 
 def pytest(*arguments: str, settings: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
     """Pytest in the repository, without a GPU, as the script runs it."""
-    command = [
-        "env",
-        "CUDA_VISIBLE_DEVICES=",
-        *settings,
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-    ]
+    settings = "env", *settings, "CUDA_VISIBLE_DEVICES="
+    command = [*settings, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     return subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, cwd=SCRIPT.parents[1])
 
 
