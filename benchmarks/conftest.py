@@ -2,6 +2,7 @@
 """Chooses what a short run measures, prints one table, and keeps the results with the machine they come from."""
 
 import json
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "long: a benchmark that only a full run takes the time for")
     config.addinivalue_line("markers", "gpu: a benchmark of a size that only a GPU is for")
+    # A script in the background leaves interrupts ignored; what was measured until one comes is to be kept.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     device = torch.device(config.getoption("--device"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError(f"--device {device}: torch sees no GPU; measure on the CPU, or where there is one")

@@ -7,7 +7,8 @@
 # builds the library for the torch that is there, runs the tests of the GPU's kernels (what would be skipped fails),
 # looks for memory errors in small cases, and measures every operator beside the peers that are installed. FOLDER
 # (default: benchmarks/results) gets the log of each step, the results as JSON, and the table. PYTHON names the
-# interpreter (default: python3). The exit code is 0 if every step went well.
+# interpreter (default: python3), which needs torch, triton, pytest and pytest-benchmark; what else is missing leaves out
+# a step, and the summary says which. The exit code is 0 if every step that ran went well.
 set -uo pipefail
 
 refuse() {
@@ -22,6 +23,9 @@ out=${1:-$root/benchmarks/results}
 "$python" -c 'import torch' 2>/dev/null || refuse "$python has no torch" "name one that has: PYTHON=... benchmarks/gpu.sh"
 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
     refuse "torch sees no GPU" "run it on a machine that has one"
+# The programs of a virtual environment lie beside its interpreter, on the PATH or not.
+beside=$("$python" -c 'import os, sys; print(os.path.dirname(sys.executable))')
+PATH=${beside:+$beside:}$PATH
 missing=$("$python" -c 'from importlib.util import find_spec as find
 print(*(name for name in ("triton", "pytest", "pytest_benchmark") if find(name) is None))')
 [[ -z $missing ]] || refuse "$python lacks $missing" "install what is missing"
@@ -59,27 +63,37 @@ else
     leave_out carried "no library came along"
 fi
 if command -v cmake >/dev/null && command -v ninja >/dev/null && has setuptools; then
-    step build 150 "$python" setup.py build_ext --inplace
+    step build 140 "$python" setup.py build_ext --inplace
 else
     leave_out build "there is no cmake, ninja or setuptools here"
 fi
 [[ -e $library ]] || refuse "there is no library" "install cmake, ninja and setuptools, or bring hourllava_ext/_C.abi3.so"
+"$python" -c 'from hourllava_ext.library import build_info as info; raise SystemExit(not info()["cuda"])' ||
+    leave_out c++ "the library holds no CUDA kernels, since it was built without nvcc; Triton's serve"
 
+# From here on a test that cannot run has failed.
+export FAIL_WITHOUT_CUDA=1
+tests=("$python" -m pytest -q -p no:cacheprovider --continue-on-collection-errors)
+files=(tests/gpu/test_kernels.py tests/gpu/test_attention.py tests/gpu/test_emulated.py::test_pool_beyond_32_bits)
+if has av && has transformers; then
+    files+=(tests/gpu/test_block.py)
+else
+    leave_out block "PyAV or transformers is not installed"
+fi
 parallel=()
-has xdist && parallel=(-n 4)
-FAIL_WITHOUT_CUDA=1 step tests 140 "$python" -m pytest -q -p no:cacheprovider ${parallel[@]+"${parallel[@]}"} \
-    tests/gpu --ignore=tests/gpu/test_compile.py --continue-on-collection-errors
+has xdist && parallel=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
+step tests 140 "${tests[@]}" ${parallel[@]+"${parallel[@]}"} "${files[@]}"
 if has nvidia.dali && has av; then
-    step decoder 40 "$python" -m pytest -q -p no:cacheprovider tests/video/test_dali.py -k cuda
+    step decoder 30 "${tests[@]}" tests/video/test_dali.py -k cuda
 else
     leave_out decoder "DALI or PyAV is not installed"
 fi
 if command -v compute-sanitizer >/dev/null; then
     # One small case of each operator, with every tensor in an allocation of its own.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 FAIL_WITHOUT_CUDA=1 step sanitizer 50 \
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step sanitizer 50 \
         compute-sanitizer --tool memcheck --target-processes all --error-exitcode 9 \
-        "$python" -m pytest -q -p no:cacheprovider tests/gpu/test_kernels.py \
-        -k "library and ((shape0 and dtype0) or (retrieve and apart and dtype0 and both) or split_pages)"
+        "${tests[@]}" tests/gpu/test_kernels.py tests/gpu/test_attention.py \
+        -k "library and float32 and (shape0 or (retrieve and apart and both) or shared_pages)"
 else
     leave_out sanitizer "there is no compute-sanitizer here"
 fi

@@ -6,6 +6,7 @@ A result never appears when the values disagree: each benchmark first holds its 
 
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -214,7 +215,6 @@ def machine() -> dict[str, Any]:
     names = (
         [n.split(":")[1].strip() for n in info.read_text().splitlines() if "model name" in n] if info.exists() else []
     )
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     return {
         "cpu": names[0] if names else platform.processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -227,8 +227,16 @@ def machine() -> dict[str, Any]:
         "triton": _version("triton"),
         "gpu": torch.cuda.get_device_name() if on_gpu() else None,
         "cuda": torch.version.cuda if on_gpu() else None,
-        "commit": commit.stdout.strip(),
+        "commit": _commit(),
     }
+
+
+def _commit() -> str | None:
+    """None where there is no git, or no repository."""
+    if (git := shutil.which("git")) is None:
+        return None
+    told = subprocess.run([git, "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return told.stdout.strip() or None
 
 
 def _version(package: str) -> str | None:

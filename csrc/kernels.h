@@ -144,6 +144,50 @@ template <class T>
 void rope_cuda(const RopeParams<T>&, Stream);
 
 template <class T>
+struct AddNormParams {
+    const T* x;             // (M, C)
+    const T* residual;      // (M, C)
+    const T* weight;        // (C,)
+    const T* bias;          // (C,)
+    T* out;                 // (M, C)
+    accumulate_t<T>* mean;  // (M,)
+    accumulate_t<T>* rstd;  // (M,), one over the standard deviation
+    int64_t tokens;         // M
+    int64_t width;          // C
+    double eps;
+};
+void add_norm_cpu(const AddNormParams<float>&);
+void add_norm_cpu(const AddNormParams<double>&);
+void add_norm_cpu(const AddNormParams<float16>&);
+void add_norm_cpu(const AddNormParams<bfloat16>&);
+template <class T>
+void add_norm_cuda(const AddNormParams<T>&, Stream);
+
+template <class T>
+struct AddNormBackwardParams {
+    const T* grad;                // (M, C)
+    const T* x;                   // (M, C)
+    const T* residual;            // (M, C)
+    const T* weight;              // (C,)
+    const accumulate_t<T>* mean;  // (M,)
+    const accumulate_t<T>* rstd;  // (M,)
+    T* grad_sum;                  // (M, C), of x + residual
+    T* grad_weight;               // (C,)
+    T* grad_bias;                 // (C,)
+    accumulate_t<T>* partial;     // (K, 2, C), scratch: what each chunk of rows adds to weight and bias
+    int64_t tokens;               // M
+    int64_t width;                // C
+    int64_t chunks;               // K
+    int64_t chunk_rows;           // rows of a chunk; the last may have fewer
+};
+void add_norm_backward_cpu(const AddNormBackwardParams<float>&);
+void add_norm_backward_cpu(const AddNormBackwardParams<double>&);
+void add_norm_backward_cpu(const AddNormBackwardParams<float16>&);
+void add_norm_backward_cpu(const AddNormBackwardParams<bfloat16>&);
+template <class T>
+void add_norm_backward_cuda(const AddNormBackwardParams<T>&, Stream);
+
+template <class T>
 struct MergeAttentionParams {
     const T* out;                 // (S, M, H, D)
     const accumulate_t<T>* lse;   // (S, H, M)

@@ -7,6 +7,7 @@ the host would have to wait for it.
 
 from hourllava_ext import library as library  # Loads the compiled operators, which the modules below register on.
 from hourllava_ext.ops import (
+    add_norm,
     forget,
     keyframe_score,
     merge_attention,
@@ -21,6 +22,7 @@ from hourllava_ext.ops import (
 from hourllava_ext import gpu as gpu  # isort: skip  # Needs the operators' schemas.
 
 __all__ = [
+    "add_norm",
     "forget",
     "keyframe_score",
     "merge_attention",

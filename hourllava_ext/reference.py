@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The eight operators in plain torch: the mathematics that every kernel must agree with.
+"""The nine operators in plain torch: the mathematics that every kernel must agree with.
 
 Each function has the signature of the operator of the same name in ``hourllava_ext``; the docstrings there give shapes,
 units and errors. Gradients come from autograd. Written to be read, not to be fast.
@@ -59,6 +59,11 @@ def rope(x: Tensor, position_ids: Tensor, inv_freq: Tensor, inverse: bool = Fals
     half = inv_freq.numel()
     first, second, rest = x.to(accumulate_dtype(x.dtype)).split([half, half, x.shape[-1] - 2 * half], dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos, rest], dim=-1).to(x.dtype)
+
+
+def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    total, weight, bias = (t.to(accumulate_dtype(x.dtype)) for t in (x + residual, weight, bias))
+    return F.layer_norm(total, weight.shape, weight, bias, eps).to(x.dtype)
 
 
 def page_write(

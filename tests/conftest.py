@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
@@ -8,6 +9,15 @@ import torch
 if find_spec("triton") and not torch.cuda.is_available():
     # Triton asks when it is imported, which any test may do: without a GPU its kernels run in its interpreter.
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport() -> Iterator[None]:
+    """On a GPU job nothing is skipped: what could not run has failed."""
+    outcome = yield
+    report = outcome.get_result()
+    if report.skipped and os.environ.get("FAIL_WITHOUT_CUDA"):
+        report.outcome = "failed"
 
 
 @pytest.fixture(autouse=True)

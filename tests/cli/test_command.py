@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from clips import CLIP_SECONDS, SIDE, board, cut, damage, write_tone
 
 from hourllava.cli import main
@@ -227,6 +228,22 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "hourllava_ext", None)  # as if it had not been compiled
     assert main(["doctor"]) == 1
     assert "MISSING hourllava_ext" in capsys.readouterr().out
+
+
+def test_doctor_tells_what_a_gpu_would_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library with CUDA kernels does not make a torch without CUDA run them."""
+    live = torch._C._dispatch_has_kernel_for_dispatch_key
+    monkeypatch.setattr(
+        torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: key == "CUDA" or live(name, key)
+    )
+    monkeypatch.setattr(torch.version, "hip", None)
+    for cuda, said in (
+        (None, "no      CUDA kernels      get it: a torch built"),
+        ("13.0", "ok      CUDA kernels      add_norm, "),
+    ):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        assert main(["doctor"]) == 0
+        assert said in capsys.readouterr().out
 
 
 def test_help_comes_at_once() -> None:

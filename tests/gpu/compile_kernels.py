@@ -65,6 +65,9 @@ def compile_all(dtype: torch.dtype) -> None:
     pooled = kernels.pool_grid(torch.zeros(2, 729, 1152, dtype=dtype), 8)
     kernels.pool_grid_backward(pooled, 8, 27)
     kernels.keyframe_score(tokens[:, 0])
+    kernels.add_norm_backward(
+        *[tokens[0]] * 3, tokens[0, 0], *kernels.add_norm(*[tokens[0]] * 2, *[tokens[0, 0]] * 2)[1:]
+    )
 
 
 if __name__ == "__main__":

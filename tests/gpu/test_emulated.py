@@ -26,6 +26,10 @@ def everything(width: int, dtype: torch.dtype) -> list[Tensor]:
     out, lse = torch.randn(3, 20, 2, width).to(dtype), torch.randn(3, 2, 20)
     merged = ops.merge_attention(out, lse)
     results += [*merged, *ops.merge_attention_backward(*merged, out, lse)]
+    rows, residual = torch.randn(2, 20, 16 * width).to(dtype)
+    weight, bias = torch.randn(2, 16 * width).to(dtype)
+    normed, *statistics = ops.add_norm(rows, residual, weight, bias, 1e-5)
+    results += [normed, *statistics, *ops.add_norm_backward(normed, rows, residual, weight, *statistics)]
     tokens, newline = torch.randn(5, 9, width).to(dtype), torch.randn(width).to(dtype)
     frames, patches = torch.randint(5, (37,)), torch.randint(9, (37, 3))
     kept, position_ids = ops.forget(tokens, frames, patches, newline)
@@ -56,8 +60,9 @@ def run_in(order: int, width: int, dtype: torch.dtype) -> list[Tensor]:
 
 def test_pool_beyond_32_bits() -> None:
     """A pool of more than 2^31 elements, written at both ends (on the CPU untouched pages take no memory)."""
-    emulation.build()
     on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        emulation.build()
     write = hourllava_ext.page_write_ if on_gpu else torch.ops.hourllava_emulated.page_write_
     with torch.device("cuda" if on_gpu else "cpu"):
         width, page_size, count = 128, 128, 2**17 + 3

@@ -50,6 +50,26 @@ def test_keyframe_score(device: str, shape: tuple[int, ...], dtype: torch.dtype)
     assert_matches_reference(on(device, hourllava_ext.keyframe_score), reference.keyframe_score, features, window)
 
 
+# M, C: vectors and single columns, in registers and beyond them, a last chunk of three rows, nothing.
+ROWS = [(9, 48), (3, 33), (2, 4104), (2, 1031), (19, 8), (0, 8), (3, 0)]
+
+
+@pytest.mark.parametrize("shape", ROWS)
+def test_add_norm(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    args = [leaf(*size, dtype=dtype) for size in (shape, shape, shape[1:], shape[1:])]
+    assert_matches_reference(on(device, hourllava_ext.add_norm), reference.add_norm, *args)
+
+
+def test_add_norm_far_from_zero(device: str) -> None:
+    x, residual, weight, bias = (leaf(*shape, dtype=torch.float32) for shape in ((2, 257), (2, 257), (257,), (257,)))
+    with torch.no_grad():
+        x[0] += 1000
+        x[1], residual[1] = 3, -1
+    args = x, residual, weight, bias
+    assert_matches_reference(on(device, hourllava_ext.add_norm), reference.add_norm, *args)
+    assert torch.equal(on(device, hourllava_ext.add_norm)(*args)[1], bias)
+
+
 # M, H, D, F.
 HEADS = [
     (1, 1, 2, 1),

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """`benchmarks/gpu.sh` without a GPU: it refuses in one line, and runs through its steps with a mock interpreter."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import hourllava_ext
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks/gpu.sh"
 # Says yes to every question, and takes every step by printing it; those that name what it is told fail.
@@ -50,3 +53,44 @@ def test_steps(tmp_path: Path) -> None:
         assert results["tests"].endswith("  ok")
         assert results["sanitizer"].endswith("  ok")
         assert "tests/gpu" in (tmp_path / "results/tests.log").read_text()
+
+
+def pytest(*arguments: str, settings: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    """Pytest in the repository, without a GPU, as the script runs it."""
+    settings = "env", *settings, "CUDA_VISIBLE_DEVICES="
+    command = [*settings, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, cwd=SCRIPT.parents[1])
+
+
+def test_memory_is_checked_in_a_case_of_every_operator() -> None:
+    """The sanitizer's step selects tests by name: as many as one of each operator, and not none."""
+    text = SCRIPT.read_text()
+    (chosen,) = re.findall(r'-k "(library .*)"', text)
+    files = ["tests/gpu/test_kernels.py", "tests/gpu/test_attention.py"]
+    assert " ".join(files) in text
+    listed = pytest("--collect-only", *files, "-k", chosen.replace("library", "triton")).stdout
+    names = re.findall(r"::test_(\w+)\[", listed)
+    operators = {name.rstrip("_") for name in hourllava_ext.__all__} - {"paged_attention"}
+    assert operators <= set(names)
+    assert "shared_pages" in names  # of paged attention
+    assert len(names) <= 2 * len(operators)
+
+
+def test_steps_name_what_is_there_and_fit_into_ten_minutes() -> None:
+    text = SCRIPT.read_text()
+    paths = re.findall(r"(?:tests|benchmarks)/\w+/test_\w+\.py|benchmarks/ops/\w+\.py", text)
+    assert len(paths) > 5
+    assert [path for path in paths if not (SCRIPT.parents[1] / path).is_file()] == []
+    assert sum(int(seconds) for seconds in re.findall(r"\bstep \w+ (\d+) ", text)) < 600
+
+
+def test_a_gpu_job_fails_where_it_would_skip() -> None:
+    graph = "tests/gpu/test_block.py::test_a_graph_replays_a_question_of_fixed_length"
+    job = pytest(graph, settings=("FAIL_WITHOUT_CUDA=1",))
+    assert job.returncode == 1
+    assert "4 errors" in job.stdout
+    assert "Skipped: NO GPU" in job.stdout
+    room = pytest("tests/gpu/test_kernels.py", "-k", "rope_copies", "-x", settings=("FAIL_WITHOUT_CUDA=1",))
+    assert room.returncode == 1
+    assert "FAIL_WITHOUT_CUDA is set, but torch sees no GPU" in room.stdout
+    assert pytest(graph, settings=("-u", "FAIL_WITHOUT_CUDA")).returncode == 0

@@ -5,72 +5,12 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from block_by_the_book import by_the_book, make_case
 from tools import assert_error_rule
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hourllava.memory.pages import join_layouts, video_layout
-from hourllava.model import tiny_config
 from hourllava.model.memaug import MemAug, MemoryUse, PageBudget, rotary_frequencies
-from hourllava.model.stream import QueryStream
-
-
-def make_case(lengths=(7, 4), frames=(5, 3), dtype=torch.float32):
-    config = tiny_config().text_config
-    memaug = MemAug(config, 2).to(dtype)
-    cpu = torch.device("cpu")
-    layout = join_layouts([video_layout(count, 16, cpu) for count in frames], cpu)
-    tokens = torch.randn(sum(frames) * 17, config.hidden_size, dtype=dtype)
-    queries = torch.randn(sum(lengths), config.hidden_size, dtype=dtype)
-    bounds = torch.tensor([0, *lengths]).cumsum(0)
-    stream = QueryStream(torch.arange(sum(lengths)) * 3, bounds, list(lengths))
-    return memaug, queries, stream, tokens, layout
-
-
-def by_the_book(memaug, queries, stream, tokens, layout):
-    """The block of SPEC A.5 in plain torch, one sample and one head at a time."""
-    config = memaug.config
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    width = config.hidden_size // heads
-    frequencies = rotary_frequencies(config, queries.device)
-
-    def turn(x, positions):
-        angle = (positions[:, None].float() * frequencies).to(torch.promote_types(x.dtype, torch.float32))
-        cos, sin, half = angle.cos().to(x.dtype), angle.sin().to(x.dtype), len(frequencies)
-        return torch.cat(
-            [
-                x[:, :half] * cos - x[:, half : 2 * half] * sin,
-                x[:, half : 2 * half] * cos + x[:, :half] * sin,
-                x[:, 2 * half :],
-            ],
-            dim=1,
-        )
-
-    def attend(query, key, value, at, key_at):
-        out = []
-        for head in range(heads):
-            q = turn(query[:, head * width : (head + 1) * width], at)
-            shared = head // (heads // kv_heads)
-            own = slice(shared * width, (shared + 1) * width)
-            weights = (q @ turn(key[:, own], key_at).T / width**0.5).softmax(-1)
-            out.append(weights @ value[:, own])
-        return torch.cat(out, dim=1)
-
-    results = []
-    owner = torch.repeat_interleave(torch.arange(len(stream.lengths)), torch.tensor(stream.lengths))
-    for sample in range(len(stream.lengths)):
-        x, at = queries[owner == sample], stream.position_ids[owner == sample]
-        pages = layout.page_table[sample]
-        mine = torch.isin(layout.slots // 128, pages[pages >= 0])
-        memory, memory_at = tokens[mine], layout.position_ids[mine]
-        for block in memaug.layers:
-            q, k, v = block.self_attn.Wqkv(x).split([heads * width, kv_heads * width, kv_heads * width], dim=1)
-            x = block.norm1(x + block.self_attn.Wo(attend(q, k, v, at, at)))
-            k, v = block.cross_attn.Wkv(memory).split([kv_heads * width, kv_heads * width], dim=1)
-            x = block.norm2(x + block.cross_attn.Wo(attend(block.cross_attn.Wq(x), k, v, at, memory_at)))
-            x = block.norm3(x + block.mlp(x))
-        results.append(x)
-    return torch.cat(results)
 
 
 @pytest.mark.parametrize("lengths", [(7, 4), (5, 5), (9,)])
@@ -167,6 +107,7 @@ def test_nothing_waits_for_the_device(budget, evidence):
     )
     with mode:
         out, mass = MemAug(memaug.config, 2)(*args)
+        out.sum().backward()
     assert out.shape == expected[0].shape
     assert mass is None if not evidence else mass.shape == expected[1].shape
 
@@ -181,6 +122,36 @@ class Called(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.names.append(func.name().removesuffix(".default"))
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("budget", [None, 2])
+def test_a_block_runs_on_the_operators(budget):
+    """Rotary is one operator for queries and keys together, and each residual sum is normalised in one pass."""
+    memaug, queries, stream, tokens, layout = make_case((30,), (60,))
+    pages = memaug.write(tokens, layout)
+    use = MemoryUse(budget=PageBudget(budget) if budget else None)
+    with Called() as called:
+        out, _ = memaug(queries, stream, pages, use)
+    chosen = ["retrieve"] if budget else []
+    block = ["rope", "add_norm", *chosen, "paged_attention", "add_norm", "add_norm"]
+    ours = [name.split("::")[1] for name in called.names if name.startswith("hourllava_ext::")]
+    assert ours == block * len(memaug.layers)
+    assert not {"aten::cos", "aten::sin", "aten::native_layer_norm"} & set(called.names)
+    with Called() as called:
+        out.sum().backward()
+    ours = [name.split("::")[1] for name in called.names if name.startswith("hourllava_ext::")]
+    back = ["add_norm_backward", "add_norm_backward", "paged_attention_backward", "add_norm_backward", "rope"]
+    assert [name for name in ours if name != "page_write_backward"] == back * len(memaug.layers)
+    assert "aten::native_layer_norm_backward" not in called.names
+
+
+def test_without_memory_a_norm_has_nothing_to_add():
+    memaug, queries, stream, tokens, layout = make_case((5,), (3,))
+    out, _ = memaug(queries, stream, memaug.write(tokens, layout), MemoryUse(use_memory=False))
+    for block in memaug.layers:
+        x = block.norm1(queries + block.self_attn(queries, stream, rotary_frequencies(memaug.config, queries.device)))
+        queries = block.norm3(block.norm2(x) + block.mlp(block.norm2(x)))
+    torch.testing.assert_close(out, queries)
 
 
 def test_backward_computes_no_attention_again():

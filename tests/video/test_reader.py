@@ -9,7 +9,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from clips import SIDE, board, number_on, numbers, write_clip
+from clips import SIDE, board, damage, number_on, numbers, write_clip
 
 import hourllava.video.decoder as decoder_module
 from hourllava.video import open_video, write_video
@@ -110,6 +110,29 @@ def test_other_codecs_are_decoded_whole(tmp_path: Path, codec: str, suffix: str)
     reader = open_video(clip)
     assert numbers(reader.chunks(SIDE)) == [25 * k for k in range(10)]
     assert reader.report.message is None
+
+
+@pytest.mark.parametrize(
+    ("codec", "options"), [("libx264", B_FRAMES), ("mpeg4", {"bf": "2"}), ("libx264", {"bf": "0"})]
+)
+def test_avi_tells_no_times_but_an_order(tmp_path: Path, codec: str, options: dict[str, str]) -> None:
+    clip = write_clip(tmp_path / "clip.avi", list(range(200)), Fraction(1, 10), codec, options)
+    reader = open_video(clip)
+    assert numbers(reader.chunks(SIDE)) == [10 * k for k in range(20)]
+    assert reader.report.message is None
+
+
+def test_damage_in_avi_keeps_the_time(tmp_path: Path) -> None:
+    options = B_FRAMES | {"g": "20", "keyint_min": "20"}
+    whole = write_clip(tmp_path / "whole.avi", list(range(200)), Fraction(1, 10), "libx264", options)
+    with av.open(str(whole)) as container:
+        key = [packet for packet in container.demux(video=0) if packet.is_keyframe][5]
+    at = (key.pos + key.size / 2) / whole.stat().st_size
+    reader = open_video(damage(whole, tmp_path / "spoilt.avi", size=key.size // 3, at=at))
+    shown = numbers(reader.chunks(SIDE))
+    lost = [k for k, number in enumerate(shown) if number != 10 * k]
+    assert lost == [10, 11]
+    assert reader.report.damaged == 2
 
 
 def test_dropping_pictures_changes_no_pixel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import pytest
 import torch
-from clips import SIDE, damage, write_clip
+from clips import SIDE, damage, number_on, write_clip
 
 import hourllava.video.runs as runs_module
 from hourllava.video import open_video
@@ -42,6 +43,27 @@ def test_cores_change_no_pixel(tmp_path: Path, suffix: str, monkeypatch: pytest.
         frames, report = everything(clip, 3, threads, monkeypatch)
         assert torch.equal(frames, whole[0])
         assert report == whole[1]
+
+
+@pytest.mark.skipif("libsvtav1" not in av.codecs_available, reason="NO AV1 ENCODER: cuts in AV1 are NOT TESTED")
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_cores_change_no_pixel_of_av1(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"preset": "8", "svtav1-params": "keyint=40"}
+    clip = write_clip(tmp_path / f"clip.{suffix}", list(range(240)), Fraction(1, 10), "libsvtav1", options)
+    assert len(make_plan(clip).cuts) == 5
+    whole, report = everything(clip, 1000, 1, monkeypatch)
+    assert [number_on(frame) for frame in whole] == [10 * k for k in range(24)]
+    frames, again = everything(clip, 3, 2, monkeypatch)
+    assert torch.equal(frames, whole)
+    assert again == report
+
+
+@pytest.mark.skipif("libsvtav1" not in av.codecs_available, reason="NO AV1 ENCODER: cuts in AV1 are NOT TESTED")
+def test_no_cut_where_av1_looks_back(tmp_path: Path) -> None:
+    """A key picture that is decoded before pictures that are shown earlier is none that decoding can begin at."""
+    options = {"preset": "8", "svtav1-params": "keyint=40:irefresh-type=1"}
+    clip = write_clip(tmp_path / "clip.mp4", list(range(240)), Fraction(1, 10), "libsvtav1", options)
+    assert len(make_plan(clip).cuts) == 0
 
 
 def test_damage_is_counted_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

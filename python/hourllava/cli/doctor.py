@@ -82,7 +82,11 @@ def _operators() -> list[Finding]:
 
 def _cuda_kernels(built: bool, live: list[str]) -> Finding:
     """Which operators run on a GPU, and whose kernels they have; none of a torch that knows no GPU."""
+    import torch
+
     todo = "a torch built for CUDA or ROCm, and its triton; where nvcc is, pip install builds the C++ kernels too"
+    if torch.version.cuda is None and torch.version.hip is None:  # what the library was built with has no use then
+        return Finding("CUDA kernels", None, todo, needed=False)
     who = "C++ where written, else Triton" if built else "Triton"
     return Finding("CUDA kernels", f"{', '.join(live)} ({who})" if live else None, todo, needed=False)
 

@@ -133,6 +133,16 @@ class CrossAttention(nn.Module):
         return bounds, ext.retrieve(query, stream.position_ids, *where, budget.pages, budget.keep, budget.mode)
 
 
+class PostNorm(nn.LayerNorm):
+    """LayerNorm of a residual sum, in one pass over it."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Normalise x (M, C), or x + residual (M, C)."""
+        if residual is None:
+            return super().forward(x)
+        return ext.add_norm(x, residual, self.weight, self.bias, self.eps)
+
+
 class Block(GradientCheckpointingLayer):
     """Self-attention, cross-attention and MLP, each followed by the norm of its residual sum."""
 
@@ -142,7 +152,7 @@ class Block(GradientCheckpointingLayer):
         self.self_attn = SelfAttention(config)
         self.cross_attn = CrossAttention(config)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+        self.norm1, self.norm2, self.norm3 = (PostNorm(width) for _ in range(3))
 
     def forward(
         self,
@@ -157,14 +167,13 @@ class Block(GradientCheckpointingLayer):
         """`key_pages` and `value_pages` are those of `pages`: what gradients flow through must be an argument itself,
         or reentrant checkpointing does not see it.
         """
-        page_mass = None
-        x = self.norm1(x + self.self_attn(x, stream, inv_freq))
+        attended = page_mass = None
+        x = self.norm1(x, self.self_attn(x, stream, inv_freq))
         if use.use_memory:
             pages = replace(pages, key_pages=key_pages, value_pages=value_pages)
             attended, _, page_mass = self.cross_attn(x, stream, inv_freq, pages, use)
-            x = x + attended
-        x = self.norm2(x)
-        return self.norm3(x + self.mlp(x)), page_mass
+        x = self.norm2(x, attended)
+        return self.norm3(x, self.mlp(x)), page_mass
 
 
 class MemAug(nn.Module):

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hourllava.errors import VideoError
 from hourllava.video.decoder import Decoder
-from hourllava.video.plan import INDEXED, Plan, open_container, packet_time
+from hourllava.video.plan import INDEXED, Plan, codec_of, open_container, packet_time
 from hourllava.video.reader import FrameChunk, VideoReader
 from hourllava.video.runs import borders
 
@@ -55,7 +55,7 @@ def why_not_dali(path: str | os.PathLike[str], plan: Plan, device: torch.device)
         return "a part of it is missing, and DALI cannot tell which seconds are lost"
     container, stream = open_container(path)
     with container:
-        codec, form = stream.codec_context.name, container.format.name
+        codec, form = codec_of(stream), container.format.name
     gpu = device.type == "cuda"
     supported = ON_GPU if gpu else ON_CPU
     if codec not in supported:

@@ -2,6 +2,7 @@
 """Decode a stretch of a video, leaving out what nobody needs and what damage has spoilt."""
 
 import contextlib
+import heapq
 import os
 from collections.abc import Iterator
 
@@ -10,11 +11,14 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 
 from hourllava.video.h264 import reference_test
-from hourllava.video.plan import Plan, demux, is_shown, open_container, packet_time
+from hourllava.video.plan import Plan, codec_of, demux, is_shown, open_container, packet_time
 
 # With these a packet is one picture of the same time, so one that does not come out is lost even if the decoder is
-# silent. Elsewhere (packed or hidden pictures) only a reported error makes it so. AVI holds no presentation times.
+# silent. Elsewhere (packed or hidden pictures) only a reported error makes it so.
 ONE_TO_ONE = {"h264", "hevc", "av1", "vp9"}
+# AVI holds no presentation times. FFmpeg finds those of older codecs; of these it gives the packets' order instead.
+UNTIMED_IN_AVI = {"h264", "hevc"}
+MOST_WAITING = 16  # pictures that such a decoder holds back until their turn
 
 
 class Decoder:
@@ -30,7 +34,10 @@ class Decoder:
         self.path, self.plan, self.strict = path, plan, strict
         self._wanted = set(plan.chosen.tolist())
         self._open()
-        self.can_miss = self._codec.name in ONE_TO_ONE and self._container.format.name != "avi"
+        avi, codec = self._container.format.name == "avi", codec_of(self._stream)
+        self._untimed = avi and codec in UNTIMED_IN_AVI
+        self._waiting: list[int] = []  # a heap of times of packets whose pictures have not come out
+        self.can_miss = codec in ONE_TO_ONE and not avi
         """Whether a picture that did not come out so far is a lost one."""
 
     def _open(self) -> None:
@@ -38,7 +45,7 @@ class Decoder:
         self._codec = self._stream.codec_context
         if self.strict:
             self._codec.options = {"err_detect": "explode"}  # else H.264 hides damage behind invented pictures
-        self._is_reference = reference_test(self._codec.name, self._codec.extradata)
+        self._is_reference = reference_test(codec_of(self._stream), self._codec.extradata)
 
     def close(self) -> None:
         self._container.close()
@@ -53,11 +60,25 @@ class Decoder:
             if packet.size and (skipping or not self.needs(packet)):
                 continue
             frames, sound = decode_packet(packet, broken, self.strict)
+            if self._untimed:
+                self._give_times(packet, frames, sound)
             self.can_miss |= not sound  # before the pictures that come out, which may follow the broken one
             skipping = self.strict and not sound
             yield from frames
         if end is not None:
             yield from drain(self._codec)
+
+    def _give_times(self, packet: Packet, frames: list[VideoFrame], sound: bool) -> None:
+        """The packets' times, to pictures that come out in their order of presentation."""
+        if (time := packet_time(packet)) is not None and packet.size:
+            heapq.heappush(self._waiting, time)
+        for frame in frames:
+            if self._waiting:
+                frame.pts = heapq.heappop(self._waiting)
+        if not sound:
+            self._waiting.clear()
+        while len(self._waiting) > MOST_WAITING:  # a picture was lost in silence
+            heapq.heappop(self._waiting)
 
     def needs(self, packet: Packet) -> bool:
         """False for a picture that is neither wanted nor used to decode another."""

@@ -82,6 +82,11 @@ def find_stream(container: InputContainer, name: str | os.PathLike[str]) -> Vide
     raise VideoError(name, f"holds no video, only {kinds}", "give a file with a video track")
 
 
+def codec_of(stream: VideoStream) -> str:
+    """FFmpeg's name of the codec, whichever library decodes it here: av1, and not libdav1d."""
+    return stream.codec_context.codec.canonical_name
+
+
 def _check_file(path: Path) -> None:
     try:
         status = path.stat()
@@ -204,9 +209,9 @@ def _scan(container: InputContainer, stream: VideoStream, tick: Fraction) -> _Sc
 
 def _restarting(container: InputContainer, stream: VideoStream) -> Callable[[Packet], bool]:
     """A test for key packets: can they be sought, and decoded as if nothing had been before them?"""
-    codec = stream.codec_context
-    test = restart_test(codec.name, codec.extradata)
-    if container.format.name not in INDEXED or (test is None and codec.name not in RESTARTING):
+    codec = codec_of(stream)
+    test = restart_test(codec, stream.codec_context.extradata)
+    if container.format.name not in INDEXED or (test is None and codec not in RESTARTING):
         return lambda packet: False
     return lambda packet: test is None or test(memoryview(packet))
 

@@ -21,6 +21,8 @@ static void refuse() { throw std::logic_error("emulated GPU: a kernel of the CPU
     void name(const Params<float16>&) { refuse(); } \
     void name(const Params<bfloat16>&) { refuse(); }
 
+NO_KERNEL(add_norm_cpu, AddNormParams)
+NO_KERNEL(add_norm_backward_cpu, AddNormBackwardParams)
 NO_KERNEL(forget_cpu, ForgetParams)
 NO_KERNEL(forget_backward_cpu, ForgetBackwardParams)
 NO_KERNEL(keyframe_score_cpu, KeyframeScoreParams)
