@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A writer is killed at random moments; what it had committed is there, whole, every time.
 
-`python tests/memory/test_kill.py 500` does it 500 times.
+`PYTHONPATH=tests python tests/memory/test_kill.py 500` does it 500 times.
 """
 
 import os
