@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Four parts of 1024 queries (16384 on a GPU) to one."""
+"""Four parts of 1024 queries (16384 on a GPU) to one.
+
+Floor: every part is read once and the whole is written; the backward reads the parts again and writes a gradient of each.
+The log-sum-exps are a hundredth of that and are not counted.
+"""
 
 from typing import Any
 

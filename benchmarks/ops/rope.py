@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Partial rotary of the queries of a minute, at places strewn over an hour."""
+"""Partial rotary of the queries of a minute, at places strewn over an hour.
+
+Floor: each query is read once and written once; the table of a token serves its heads and stays in registers and L1.
+"""
 
 from typing import Any
 
