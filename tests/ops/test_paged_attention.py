@@ -237,6 +237,17 @@ def test_long_memory() -> None:
     assert_matches_reference(partial(paged_attention, scale=3.0), partial(reference.paged_attention, scale=3.0), *args)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_rows(dtype: torch.dtype) -> None:
+    """Rows whose shares of gradients take megabytes, and samples of which each reads other pages of the same chunks."""
+    shape = Shape(tokens=(600, 110), pages=(10, 3), heads=(8, 1), width=64, frequencies=16)
+    args = clean(make(shape, dtype))
+    pages = args[3][0, args[3][0] >= 0]
+    args[3][1, (args[3][1] < 0).nonzero()[:5, 0]] = pages[::2]
+    assert_matches_reference(paged_attention, reference.paged_attention, *args)
+    assert_repeatable(paged_attention, *args)
+
+
 def test_pool_beyond_32_bits() -> None:
     """A pool of more than 2^31 elements, of which a few pages are touched (untouched pages take no memory)."""
     width, page_size, count = 128, 128, 2**17 + 3
