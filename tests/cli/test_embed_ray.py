@@ -42,7 +42,7 @@ def test_on_a_cluster(
         torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.01, atol=0.01)  # of other numbers of threads
     (films / "text.mkv").unlink()
     assert "2 there already" in embed(films, "-o", out, "--model", model, "--ray", capfd=capfd)
-    said = embed(films, "-o", tmp_path / "more", "--ray", "127.0.0.1:1", "--model", model, capfd=capfd, code=1)
+    said = embed(films, "-o", tmp_path / "more", "--ray", "auto", "--model", model, capfd=capfd, code=1)
     assert "no cluster answers there" in said.splitlines()[-1]
 
 

@@ -155,7 +155,11 @@ def load_shards(
 
     Raises:
         DataError: there are none, or they are damaged.
+        RecipeError: batches are to hold one stream each, which an index of shards does not know.
     """
+    if recipe.batching == "per_stream":
+        why = f"{recipe.data} are shards, whose index does not tell streams apart"
+        raise RecipeError("--batching per_stream", why, "give --batching random, or train from the manifest")
     local, remote = (out_dir / _SHARDS, recipe.data) if "://" in recipe.data else (Path(recipe.data), None)
     limit = int(recipe.shard_cache * 2**30) or None
     conversations = _conversations(recipe, model, [], _failure_log(recipe, out_dir))
