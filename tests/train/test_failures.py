@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_model import make_model
+from torch import distributed as dist
+from torch import multiprocessing
 from training_data import make_recipe
 
 from hourllava.data.samples import Media, Sample
@@ -16,6 +18,7 @@ from hourllava.memory import Embedding, Repository
 from hourllava.model import FrameWriter
 from hourllava.train import train
 from hourllava.train.resume import checkpoints
+from hourllava.train.training import feature_tower
 
 FROZEN = ("mm_projector", "language_model")
 
@@ -91,3 +94,17 @@ def test_a_copy_in_another_precision_has_the_same_tower(dtype: torch.dtype, base
     train(make_recipe(base, data=recipe.data, max_steps=1, trains=FROZEN), tmp_path / "out")
     assert not (tmp_path / "out" / "failures-0.jsonl").read_text()
     train(recipe, tmp_path / "tower")  # while it learns, no features are of it
+
+
+def _tell_tower(rank: int, base: Path, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    model = make_model(seed=rank, min_frames=1)  # the second's weights are not those that it will have
+    told = feature_tower(make_recipe(base, trains=FROZEN), model)
+    (folder / str(rank)).write_text(str(told))
+    dist.destroy_process_group()
+
+
+def test_all_processes_ask_for_the_tower_of_the_first(base: Path, tmp_path: Path) -> None:
+    multiprocessing.spawn(_tell_tower, (base, tmp_path), nprocs=2)
+    expected = FrameWriter(make_model(min_frames=1)).tower_fingerprint()
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == [expected] * 2

@@ -375,6 +375,12 @@ def test_processes_share_shards(base: Path, tmp_path: Path) -> None:
     assert epochs[0] != epochs[1]
 
 
+def test_shards_know_no_streams(base: Path, tmp_path: Path) -> None:
+    write_shards([Sample("0", (("Is it?", "Yes."),), (), "test:0")], tmp_path / "shards")
+    with pytest.raises(RecipeError, match=r"--batching per_stream: .*shards, whose index does not tell streams apart"):
+        train(make_recipe(base, data=str(tmp_path / "shards"), batching="per_stream"), tmp_path / "out")
+
+
 def test_data_has_to_be_named(base: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="--data: it names nothing"):
         train(make_recipe(base), tmp_path)

@@ -14,6 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hourllava.cli.cluster import work_on_ray
 from hourllava.errors import HourLlavaError
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ and training find them. What is committed is never done again: after an interrup
 
 MANIFEST is a folder of videos, a text file with a path on each line, or a data set's JSON, JSONL, parquet or mixture
 YAML. Several machines share the work by ranks, on a file system that all of them see and that has POSIX locks:
-under torchrun or srun, `sh -c 'hourllava embed data.yaml -o features --rank $RANK --world $WORLD_SIZE'`."""
+under torchrun or srun, `sh -c 'hourllava embed data.yaml -o features --rank $RANK --world $WORLD_SIZE'`. Or a Ray
+cluster whose machines see that file system does it: `--ray auto --processes 16`."""
 EXIT_OK, EXIT_ERROR, EXIT_LOSS = 0, 1, 3  # as of every command
 
 
@@ -47,6 +49,14 @@ def add_embed(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     embed.add_argument("--processes", metavar="N", type=int, default=1, help="how many on this machine (default: 1)")
     embed.add_argument("--rank", metavar="R", type=int, default=0, help="this machine's number, from 0")
     embed.add_argument("--world", metavar="W", type=int, default=1, help="how many machines there are")
+    embed.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        nargs="?",
+        const="local",
+        help="let a Ray cluster do it, with --processes at the same time: its address, auto for the one that runs, or "
+        "nothing for one on this machine",
+    )
     embed.add_argument(
         "--import",
         dest="imported",
@@ -88,8 +98,8 @@ def run(args: argparse.Namespace) -> int:
     model_folder(args.model)  # that it is missing shows before anything is made
     jobs = list_jobs(args.manifest, args.imported)[args.rank :: args.world]
     repository = Repository(args.output)
-    common = (args.output, args.model, args.precision, args.imported, args.processes)
-    shares = [Share(jobs[i :: args.processes], i, *common) for i in range(args.processes)]
+    common = (args.output, args.model, args.precision, args.imported)
+    shares = [Share(jobs[i :: args.processes], i, *common, args.processes) for i in range(args.processes)]
     outcomes: list[Outcome] = []
     frames = 0
     with tqdm(
@@ -105,7 +115,10 @@ def run(args: argparse.Namespace) -> int:
                 outcomes.append(event)
                 bar.update()
 
-        fault = _work(shares[0], take) if len(shares) == 1 else _work_in_processes(shares, take)
+        if args.ray is not None and jobs:
+            fault = work_on_ray(args.ray, args.processes, jobs, common, take)
+        else:
+            fault = _work(shares[0], take) if len(shares) == 1 else _work_in_processes(shares, take)
     return _conclude(repository, outcomes, fault)
 
 

@@ -10,10 +10,11 @@ from typing import Any, Literal
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from hourllava.errors import DataError
+from hourllava.errors import DataError, HourLlavaError
 
 from .dataset import ConversationDataset
 from .encodings import decode
+from .failures import FailureLog
 from .mds import ShardWriter, read_offsets, read_row
 from .samples import Sample
 from .shard_files import ShardFiles
@@ -27,6 +28,7 @@ def write_shards(
     out: str | os.PathLike[str],
     features: Literal["inside", "path"] = "inside",
     size_limit: int = SIZE_LIMIT,
+    failures: FailureLog | None = None,
 ) -> int:
     """Write samples to MDS shards.
 
@@ -36,19 +38,31 @@ def write_shards(
         features: "inside" copies the features of videos, as they are kept, and the files of images; "path" keeps their
             absolute paths.
         size_limit: bytes after which a shard is full.
+        failures: takes up samples whose features or images cannot be read, which are left out; None lets the first of
+            them raise.
 
     Returns:
-        the number of samples.
+        the number of samples that were written.
 
     Raises:
         DataError: the folder holds shards already, a video has no features, or the disk is full; an index, without
             which shards are none, is written only when all is well.
-        HourLlavaError: features or an image cannot be read.
+        DataError: features or an image cannot be read; names the sample.
     """
     writer = ShardWriter(out, COLUMNS, size_limit)
     count = 0
     for sample in samples:
-        writer.write(to_row(sample, features == "inside"), sample.id)
+        try:
+            row = to_row(sample, features == "inside")
+        except HourLlavaError as error:
+            named = DataError(sample.named, f"{error.what}: {error.why}", error.todo)
+            if failures is None:
+                raise named from error
+            failures.record(sample.id, named)
+            continue
+        if failures is not None:
+            failures.loaded()
+        writer.write(row, sample.id)
         count += 1
     writer.close()
     return count

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run one of the paper's stages by its recipe: load, say what trains, train, and leave a model that `ask` can open."""
 
+import contextlib
 import os
 import shutil
 import sys
@@ -22,7 +23,6 @@ from hourllava.data.dataset import ConversationDataset
 from hourllava.data.failures import FailureLog, failure_table
 from hourllava.data.mds import INDEX
 from hourllava.data.mixture import load_mixture
-from hourllava.data.samples import Sample
 from hourllava.data.shards import ShardDataset
 from hourllava.errors import RecipeError
 from hourllava.model import HourLlavaForConditionalGeneration
@@ -144,8 +144,11 @@ def load_data(
     if "://" in recipe.data or (Path(recipe.data) / INDEX).exists():
         return load_shards(recipe, model, out_dir)
     failures = _failure_log(recipe, out_dir)
+    tower = feature_tower(recipe, model)
     samples = load_mixture(recipe.data, recipe.seed, failures)
-    return _conversations(recipe, model, samples, failures), Collator(model.tokenizer)
+    most = recipe.max_frames or None
+    dataset = ConversationDataset(samples, model.tokenizer, model.config, failures, tower, most)
+    return dataset, Collator(model.tokenizer)
 
 
 def load_shards(
@@ -155,22 +158,37 @@ def load_shards(
 
     Raises:
         DataError: there are none, or they are damaged.
+        RecipeError: batches are to hold one stream each, which an index of shards does not know.
     """
+    if recipe.batching == "per_stream":
+        why = f"{recipe.data} are shards, whose index does not tell streams apart"
+        raise RecipeError("--batching per_stream", why, "give --batching random, or train from the manifest")
     local, remote = (out_dir / _SHARDS, recipe.data) if "://" in recipe.data else (Path(recipe.data), None)
     limit = int(recipe.shard_cache * 2**30) or None
-    conversations = _conversations(recipe, model, [], _failure_log(recipe, out_dir))
+    failures, tower, most = _failure_log(recipe, out_dir), feature_tower(recipe, model), recipe.max_frames or None
+    conversations = ConversationDataset([], model.tokenizer, model.config, failures, tower, most)
     shards = ShardDataset(local, remote, limit, recipe.seed, conversations=conversations)
     return shards, Collator(model.tokenizer)
 
 
-def _conversations(
-    recipe: Training, model: HourLlavaForConditionalGeneration, samples: list[Sample], failures: FailureLog
-) -> ConversationDataset:
-    """Features have to be of the model's tower; while that learns, they can only be of one and the same."""
-    has_fixed_tower = model.config.vision_config is not None and "vision_tower" not in recipe.trains
-    tower = tower_fingerprint(model) if has_fixed_tower else None
-    most = recipe.max_frames or None
-    return ConversationDataset(samples, model.tokenizer, model.config, failures, tower, most)
+def feature_tower(recipe: Training, model: HourLlavaForConditionalGeneration) -> str | None:
+    """Fingerprint of the tower that features have to be of: the model's, or while that learns any, but one for all.
+
+    The first process takes it, which may be the only one that holds the weights; every process has to call it.
+    """
+    tower = model.model.vision_tower
+    if tower is None or "vision_tower" in recipe.trains:
+        return None
+    parts = [parameter for parameter in tower.parameters() if hasattr(parameter, "ds_id")]
+    with contextlib.ExitStack() as whole:
+        if parts:  # ZeRO-3 has spread them over the processes
+            from deepspeed.zero import GatheredParameters
+
+            whole.enter_context(GatheredParameters(parts))
+        told = [tower_fingerprint(model) if process_rank() == 0 else None]
+    if process_count() > 1:
+        dist.broadcast_object_list(told)
+    return told[0]
 
 
 def _failure_log(recipe: Training, out_dir: Path) -> FailureLog:
