@@ -10,6 +10,7 @@ from tools import assert_error_rule
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hourllava.model import HourLlavaForConditionalGeneration, tiny_config
 from hourllava.model.memaug import MemAug, MemoryUse, PageBudget, rotary_frequencies
 
 
@@ -168,3 +169,15 @@ def test_backward_computes_no_attention_again():
     assert attention.count("hourllava_ext::paged_attention_backward") == len(memaug.layers)
     assert len(attention) == 2 * len(memaug.layers)
     assert all("backward" in name for name in attention), attention
+
+
+def test_a_new_block_is_initialised_as_transformers_does():
+    """A norm begins as the identity, whatever was in its memory."""
+    model = HourLlavaForConditionalGeneration(tiny_config())
+    norms = [m for block in model.model.vision_resampler.layers for m in (block.norm1, block.norm2, block.norm3)]
+    for norm in norms:
+        with torch.no_grad():
+            norm.weight.fill_(torch.nan)
+            norm.bias.fill_(torch.nan)
+        model._init_weights(norm)
+    assert all(torch.equal(norm.weight, torch.ones_like(norm.weight)) and not norm.bias.any() for norm in norms)

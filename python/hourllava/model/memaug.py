@@ -133,8 +133,8 @@ class CrossAttention(nn.Module):
         return bounds, ext.retrieve(query, stream.position_ids, *where, budget.pages, budget.keep, budget.mode)
 
 
-class PostNorm(nn.LayerNorm):
-    """LayerNorm of a residual sum, in one pass over it."""
+class ResidualLayerNorm(nn.LayerNorm):
+    """LayerNorm of a residual sum, in one pass over it; by its name transformers knows how a new one begins."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalise x (M, C), or x + residual (M, C)."""
@@ -152,7 +152,7 @@ class Block(GradientCheckpointingLayer):
         self.self_attn = SelfAttention(config)
         self.cross_attn = CrossAttention(config)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-        self.norm1, self.norm2, self.norm3 = (PostNorm(width) for _ in range(3))
+        self.norm1, self.norm2, self.norm3 = (ResidualLayerNorm(width) for _ in range(3))
 
     def forward(
         self,
