@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hourllava.errors import QuestionError
 from hourllava.memory import HeldMemory, MemoryPages, MemoryPrefix, VideoMemory
-from hourllava.memory.pages import PAGE_SIZE, frame_slots, video_layout
+from hourllava.memory.pages import PAGE_SIZE, video_layout, visual_pages
 from hourllava.video import clock
 
 from .budget import Budget, as_budget
@@ -178,10 +178,10 @@ def _mass_of_seconds(page_mass: Tensor, second: Tensor, memory: MemoryPrefix) ->
     `second` is that of each frame of the memory.
     """
     frames, per_frame = len(second), memory.tokens.shape[1]
-    slots, _ = frame_slots(torch.arange(frames, device=page_mass.device), per_frame)
-    page = slots[: frames * per_frame] // PAGE_SIZE
-    share = page_mass.to(torch.float32) / torch.bincount(page, minlength=len(page_mass)).clamp(min=1)
-    by_frame = share[page].view(frames, per_frame).sum(1)
+    pages, rows = visual_pages(frames, per_frame, page_mass.device)
+    share = page_mass.to(torch.float32)[pages] / rows
+    by_row = share.repeat_interleave(PAGE_SIZE)[: frames * per_frame]
+    by_frame = by_row.view(frames, per_frame).sum(1)
     mass = page_mass.new_zeros(memory.frames, dtype=torch.float32).index_add(0, second, by_frame)
     return (mass / mass.sum().clamp(min=torch.finfo(mass.dtype).tiny)).cpu()
 
