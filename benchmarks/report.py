@@ -24,7 +24,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 SHAPE = "3B"
 PEERS = {
-    "torch": ("torch's SDPA", "#1f77b4"),
+    "torch": ("torch's own kernel (attention: SDPA)", "#1f77b4"),
     "original": ("the original's formula", "#e08214"),
     "reference": ("plain torch", "#9a9a9a"),
 }
@@ -96,6 +96,7 @@ def draw_peers(axes: Axes, rows: list[Row]) -> None:
     every = [times for row in rows for times in row.peers.values()]
     axes.set_xlim(min(0.7, min(every) / 1.2), max(every) * 2.5)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.tick_params(axis="x", labelsize=8)
     axes.set_yticks(range(len(rows)), [label(row) for row in rows], fontsize=8)
     axes.invert_yaxis()
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
@@ -121,6 +122,7 @@ def draw_shares(axes: Axes, rows: list[Row]) -> None:
     axes.axvline(1, color="black", linewidth=1, zorder=2)
     axes.set_xlim(0, max(1.2, max(row.share for row in rows) * 1.2))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+    axes.tick_params(axis="x", labelsize=8)
     axes.set_title("share of the machine's own rate", fontsize=9)
     handles = [Patch(color=colour, label=name) for name, colour in BOUNDS.values()]
     axes.figure.legend(handles=handles, fontsize=8, loc="outside lower right", ncols=2, frameon=False)

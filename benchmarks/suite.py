@@ -4,6 +4,7 @@
 A result never appears when the values disagree: each benchmark, also ours, first holds its way to the reference.
 """
 
+import ctypes
 import json
 import os
 import platform
@@ -190,6 +191,8 @@ def _resident_peak(way: Callable[[], Any]) -> int | None:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
     except OSError:
         return None
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)  # what was freed before would be taken again, and nothing would seem to be
     before = resident("VmRSS:")
     way()
     return max(0, resident("VmHWM:") - before)

@@ -107,11 +107,12 @@ def _camera(height: int) -> Iterator[np.ndarray]:
     width = height * 16 // 9
     film = Film.random(2**51, 60)
     rows, columns = np.arange(height) * 64 // height, np.arange(width) * 64 // width
-    grain = np.random.default_rng(0).integers(-2, 3, (height + 64, width + 64, 1), dtype=np.int16)
+    # From -2 to 2; bytes wrap around, and pictures stay as far from their ends.
+    grain = np.random.default_rng(0).integers(-2, 3, (height + 64, width + 64, 1)).astype(np.uint8).repeat(3, axis=2)
     for index in tqdm(range(60 * FPS), f"rendering {height}p", unit="frame"):
         y, x = index * 7 % 64, index * 13 % 64
-        picture = film.frame(index / FPS, 64)[rows][:, columns] + grain[y : y + height, x : x + width]
-        yield np.clip(picture, 0, 255).astype(np.uint8)
+        small = np.clip(film.frame(index / FPS, 64), 2, 253)
+        yield small[rows].take(columns, axis=1) + grain[y : y + height, x : x + width]
 
 
 def _repeat(minute: Path, path: Path, times: int) -> None:
