@@ -294,7 +294,7 @@ def machine() -> dict[str, Any]:
         "triton": _version("triton"),
         "gpu": torch.cuda.get_device_name() if on_gpu() else None,
         "cuda": torch.version.cuda if on_gpu() else None,
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": _git("rev-parse", "HEAD") or None,
         "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),  # measured is not what was committed
     }
 

@@ -53,8 +53,10 @@ def _attention(found: dict[tuple[str, ...], Row], document: dict[str, Any]) -> I
         ("backward", "float32", 2.0),
     ):
         row = found.get(("paged_attention", step, "3B", dtype))
-        if row and "torch" in row.peers:
-            yield Target(f"paged_attention {step}, {dtype}: times torch's SDPA", wanted, row.peers["torch"])
+        if row and (fastest := row.fastest_of_torch()):
+            yield Target(
+                f"paged_attention {step}, {dtype}: times torch's SDPA", wanted, row.peers[fastest], where=fastest
+            )
     row, gemm = found.get(("paged_attention", "forward", "3B", "bfloat16")), document["rates"].get("gemm_bfloat16")
     if row and gemm and row.bound != "copy":
         yield Target("paged_attention forward, bfloat16: of the GEMM rate", 0.6, row.rate / gemm, share=True)

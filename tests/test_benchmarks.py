@@ -161,7 +161,8 @@ def lengths():
 def test_rows_and_targets():
     document = document_of(
         result("paged_attention", OURS, 1e-3, flop=7e8, copy=1e-5),
-        result("paged_attention", "torch", 2e-3),
+        result("paged_attention", "torch", 4e-3),
+        result("paged_attention", "folded", 2e-3),
         result("rope", OURS, 1e-4, copy=9e-5),
         result("rope", OURS, 1e-4, dtype="float32", copy=6e-5),
         result("rope", "reference", 5e-4),
@@ -171,7 +172,7 @@ def test_rows_and_targets():
     rows = rows_of(document)
     first = rows[0]
     assert (first.bound, first.share, first.rate) == ("gemm_bfloat16", pytest.approx(0.7), pytest.approx(7e11))
-    assert first.peers == {"torch": pytest.approx(2)}
+    assert first.peers == {"torch": pytest.approx(4), "folded": pytest.approx(2)}
     assert first.spread == pytest.approx(0.2)
     assert (rows[1].bound, rows[1].share, rows[1].rate) == ("copy", pytest.approx(0.9), pytest.approx(1e10))
     assert not any(row.op == "forget" for row in rows)
@@ -184,7 +185,7 @@ def test_rows_and_targets():
         "rope: of a copy of the same bytes, at least": (pytest.approx(0.6), False),
     }
     lines = as_lines(list(targets.values()))
-    assert lines[1].endswith("3 x       2 x  NOT MET, 67% of it")
+    assert lines[1].endswith("3 x       2 x  NOT MET, 67% of it (folded)")
     assert lines[2].endswith("60%       70%  met")
     assert lines[4].endswith("NOT MET, 86% of it (forward, float32)")
     assert len(as_table(rows)) == 1 + len(rows)
