@@ -12,7 +12,9 @@ export PATH := $(abspath $(BIN)):$(PATH)
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 CPP_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-BENCHMARKS := benchmarks/ops/*.py benchmarks/scaling.py -q --benchmark-disable-gc --benchmark-columns=median,rounds
+# A run leaves nothing but build/ and benchmarks/results.
+BENCHMARKS := -B -m pytest -p no:cacheprovider -q benchmarks/ops/*.py benchmarks/scaling.py \
+	--benchmark-disable-gc --benchmark-quiet --benchmark-storage=build/benchmarks
 
 .DELETE_ON_ERROR:
 .PHONY: demo test test-abi setup lint bench bench-full clean
@@ -40,10 +42,10 @@ lint: setup
 
 # About five minutes; every shape and length takes the better part of an hour.
 bench: setup
-	$(BIN)/python -m pytest $(BENCHMARKS) --benchmark-max-time=0.5 --benchmark-min-rounds=3
+	$(BIN)/python $(BENCHMARKS) --benchmark-max-time=0.5 --benchmark-min-rounds=3
 
 bench-full: setup
-	$(BIN)/python -m pytest $(BENCHMARKS) --full
+	$(BIN)/python $(BENCHMARKS) --full
 
 setup: $(VENV)/.installed
 

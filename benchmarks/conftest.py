@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chooses what a short run measures, prints one table, and keeps the results with the machine they come from."""
 
-import json
 import signal
 import time
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.suite import ROOT, machine, on_gpu, rates
+from benchmarks.suite import ROOT, machine, on_gpu, rates, write_json, write_results
 from benchmarks.table import as_table, rows_of
+from benchmarks.targets import as_lines, reached
 
 RATES = pytest.StashKey[dict[str, float]]()
 
@@ -47,7 +47,12 @@ def _is_short(item: pytest.Item) -> bool:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    session.config.stash[RATES] = rates()
+    if not session.config.getoption("collectonly"):
+        session.config.stash[RATES] = rates()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    torch.manual_seed(0)  # every way gets the same numbers
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -72,12 +77,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             for bench in done
         ],
     }
-    folder = Path(config.getoption("--results"))
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / time.strftime("%Y-%m-%d-%H%M%S.json")
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    lines = as_table(rows_of(document))
-    path.with_suffix(".txt").write_text("\n".join(lines) + "\n")
+    path = Path(config.getoption("--results")) / time.strftime("%Y-%m-%d-%H%M%S.json")
+    write_json(path, document)
+    rows = rows_of(document)
+    lines = as_table(rows)
+    if targets := reached(document, rows):
+        lines += ["", *as_lines(targets)]
+    write_results(path.with_suffix(".txt"), "\n".join(lines) + "\n")
     terminalreporter.section("ours and its peers")
     for line in lines:
         terminalreporter.write_line(line)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.suite import OURS, PAGE, SHAPES, Bench, Work, frequencies, size_of
+from benchmarks.suite import OURS, PAGE, SHAPES, Bench, Work, attention_in_parts, frequencies, size_of, tolerance
 from hourllava_ext import paged_attention
 
 TOKENS = 64
@@ -28,9 +28,20 @@ def make(hours: float, part: int) -> Bench:
     places = torch.randint(0, pages * PAGE, (TOKENS,)), torch.tensor([0, TOKENS]), frequencies(width)
     # One pool stands for keys and values: a day of both would be 11 GB.
     args = [query, pool, pool, table, torch.full((pages,), PAGE, dtype=torch.int32), *places]
-    work = Work(2 * size_of(pool) * listed / pages, 4.0 * TOKENS * query_heads * listed * PAGE * width)
+    flop = 4.0 * TOKENS * query_heads * listed * PAGE * width
+    work = Work(2 * size_of(pool) * listed / pages, flop, held=2 * size_of(pool))
     name = f"3B, {hours * 60:g} min, 1/{part} of the pages"
-    return Bench("paged_attention", "forward", name, torch.bfloat16, work, {OURS: lambda: paged_attention(*args)[0]})
+    return Bench(
+        "paged_attention",
+        "forward",
+        name,
+        torch.bfloat16,
+        work,
+        {OURS: lambda: paged_attention(*args)[0]},
+        tolerance(torch.bfloat16),
+        expected=lambda: attention_in_parts(*args),
+        notes={"minutes": hours * 60, "part": part},
+    )
 
 
 @pytest.mark.parametrize("part", [1, 16])

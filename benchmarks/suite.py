@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every benchmark of an operator is made of: shapes, peers, the work that is counted, and what the machine can do.
 
-A result never appears when the values disagree: each benchmark first holds its own way to the reference's numbers.
+A result never appears when the values disagree: each benchmark, also ours, first holds its way to the reference.
 """
 
+import ctypes
+import json
 import os
 import platform
-import shutil
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from math import isfinite
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,11 +22,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from hourllava_ext import library
+from hourllava_ext import library, reference
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = 128
-OURS = "hourllava"
+OURS, REFERENCE = "hourllava", "reference"
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ SHAPES = [
 ]
 DTYPES = [torch.bfloat16, torch.float32]
 ROUND = 2e-3  # seconds that a timed round of calls takes at least on a GPU, where the clock is that of the host
+LONGEST_COPY = 2**28  # bytes; a longer one is no faster
 
 
 def on_gpu() -> bool:
@@ -62,13 +65,18 @@ def by_device(cpu: int, gpu: int) -> int:
 class Work:
     """What one call must do at the least; a rate is this over the time, and a bound of the machine over that."""
 
-    bytes: float = 0.0
+    bytes: float = 0.0  # read and written
     flop: float = 0.0
+    held: float = 0.0  # bytes of a memory that is there before the call, where the benchmark is about its length
 
 
 @dataclass
 class Bench:
-    """One operator, pass and shape, and the ways to compute it; the first way is ours."""
+    """One operator, pass and shape, and the ways to compute it; the first way is ours.
+
+    Each way's values are held to those of the way "reference", or to `expected` where that is another computation;
+    they may differ by `tolerance` times the largest of a tensor.
+    """
 
     op: str
     step: str  # "forward", "backward" or "forward+backward"
@@ -78,38 +86,69 @@ class Bench:
     ways: dict[str, Callable[[], Any]]
     tolerance: float = 0.0
     agree: dict[str, Callable[[], Any]] = field(default_factory=dict)  # where a way's result needs another layout
+    expected: Callable[[], Any] | None = None
+    notes: dict[str, Any] = field(default_factory=dict)  # kept with the result
 
     def run(self, benchmark: Any, way: str) -> None:
-        """Compare this way with ours, then time it; skips a peer that cannot run here.
+        """Hold this way to the values that are expected, then time it; skips a peer that cannot run here.
 
         Raises:
             AssertionError: the values differ by more than the tolerance.
         """
-        ours = flat(self.agree.get(OURS, self.ways[OURS])())
+        expected = flat((self.expected or self.values_of(REFERENCE))())
         try:
-            theirs = flat(self.agree.get(way, self.ways[way])())
+            found = flat(self.values_of(way)())
         except (RuntimeError, ImportError) as error:
             if way == OURS:
                 raise
             pytest.skip(f"{way} does not run here: {str(error).strip().splitlines()[0]}")
-        for mine, other in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(other.double(), mine.double(), rtol=0, atol=self.tolerance)
-        del ours, theirs
-        benchmark.group = f"{self.op} {self.step}, {self.shape}, {str(self.dtype).removeprefix('torch.')}"
+        check_values(found, expected, self.tolerance)
+        del expected, found
+        benchmark.group = f"{self.op} {self.step}, {self.shape}, {name_of(self.dtype)}"
         calls = calls_of(self.ways[way])
         benchmark.extra_info.update(
             op=self.op,
             step=self.step,
             shape=self.shape,
-            dtype=str(self.dtype).removeprefix("torch."),
+            dtype=name_of(self.dtype),
             way=way,
             bytes=self.work.bytes,
             flop=self.work.flop,
+            held_bytes=self.work.held,
             threads=torch.get_num_threads(),
             calls=calls,
             peak_bytes=peak_of(self.ways[way]),
+            copy=copy_seconds(self.work.bytes) if way == OURS else None,
+            **self.notes,
         )
         benchmark(repeated(self.ways[way], calls))
+
+    def values_of(self, way: str) -> Callable[[], Any]:
+        return self.agree.get(way, self.ways[way])
+
+
+def check_values(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
+    """Raise AssertionError unless each tensor is as expected, up to `tolerance` times its largest value."""
+    for mine, right in zip(found, expected, strict=True):
+        largest = float(right.abs().max()) if right.numel() else 0.0
+        assert isfinite(largest), "the reference's values are not finite"
+        torch.testing.assert_close(mine.double(), right.double(), rtol=0, atol=tolerance * largest)
+
+
+@torch.no_grad()
+def attention_in_parts(query: Tensor, keys: Tensor, values: Tensor, table: Tensor, *rest: Tensor) -> Tensor:
+    """The reference's attention (M, Hq, D) of one sample, to a few pages at a time: the scores of an hour are too many
+    to exist at once.
+    """
+    parts = (reference.paged_attention(query.float(), keys, values, some, *rest) for some in table.split(32, 1))
+    out, lse = next(parts)
+    for other, sums in parts:
+        out, lse = reference.merge_attention(torch.stack([out, other]), torch.stack([lse, sums]))
+    return out
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def repeated(way: Callable[[], Any], calls: int) -> Callable[[], None]:
@@ -130,15 +169,33 @@ def calls_of(way: Callable[[], Any]) -> int:
 
 
 def peak_of(way: Callable[[], Any]) -> int | None:
-    """Bytes that one call takes on a GPU beyond what is there before it."""
+    """Bytes that one call takes beyond what is there before it: allocated on a GPU, resident on the CPU; None where the
+    system does not tell.
+    """
     if not on_gpu():
-        return None
+        return _resident_peak(way)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     way()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def _resident_peak(way: Callable[[], Any]) -> int | None:
+    def resident(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+    except OSError:
+        return None
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)  # what was freed before would be taken again, and nothing would seem to be
+    before = resident("VmRSS:")
+    way()
+    return max(0, resident("VmHWM:") - before)
 
 
 def flat(result: Any) -> list[Tensor]:
@@ -192,11 +249,21 @@ def rates() -> dict[str, float]:
     side = by_device(2048, 8192)
     for dtype in DTYPES:
         a = torch.randn(side, side).to(dtype)
-        found[f"gemm_{str(dtype).removeprefix('torch.')}"] = 2 * side**3 / _seconds(repeated(lambda a=a: a @ a, 1))
-    source = torch.zeros(by_device(2**26, 2**29))
-    target = torch.zeros_like(source)
-    found["copy"] = 2 * size_of(source) / _seconds(repeated(lambda: target.copy_(source), 1))
+        found[f"gemm_{name_of(dtype)}"] = 2 * side**3 / _seconds(repeated(lambda a=a: a @ a, 1))
+    copied = 2.0 * by_device(LONGEST_COPY, 8 * LONGEST_COPY)
+    found["copy"] = copied / copy_seconds(copied)
     return found
+
+
+def copy_seconds(moved: float) -> float:
+    """Seconds that torch's copy takes which reads and writes so many bytes in all, half of them each."""
+    most = by_device(LONGEST_COPY, 8 * LONGEST_COPY)
+    count = max(1, int(min(moved / 2, most)) // 4)
+    # Zeros that nobody wrote take no memory, and reading them none of its time.
+    source, target = torch.ones(count), torch.ones(count)
+    calls = calls_of(lambda: target.copy_(source))
+    seconds = _seconds(repeated(lambda: target.copy_(source), calls)) / calls
+    return seconds * moved / (8 * count)
 
 
 def _seconds(function: Callable[[], Any], times: int = 9) -> float:
@@ -227,16 +294,32 @@ def machine() -> dict[str, Any]:
         "triton": _version("triton"),
         "gpu": torch.cuda.get_device_name() if on_gpu() else None,
         "cuda": torch.version.cuda if on_gpu() else None,
-        "commit": _commit(),
+        "commit": _git("rev-parse", "HEAD") or None,
+        "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),  # measured is not what was committed
     }
 
 
-def _commit() -> str | None:
-    """None where there is no git, or no repository."""
-    if (git := shutil.which("git")) is None:
-        return None
-    told = subprocess.run([git, "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return told.stdout.strip() or None
+def _git(*arguments: str) -> str:
+    """What git says of the project; nothing where there is no git."""
+    try:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
+
+
+def write_results(path: Path, content: str | bytes) -> None:
+    """Write a file that holds either all of the content or what it held before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    write_results(path, json.dumps(document, indent=1) + "\n")
 
 
 def _version(package: str) -> str | None:

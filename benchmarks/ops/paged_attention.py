@@ -39,6 +39,7 @@ from benchmarks.suite import (
     Bench,
     Shape,
     Work,
+    attention_in_parts,
     flat,
     frequencies,
     grad,
@@ -168,8 +169,8 @@ def make_hour(step: str, part: int) -> Bench:
     rows = table.shape[1] * PAGE
     flop = 4.0 * HOUR_QUERIES * query_heads * rows * width * (3.5 if training else 1)
     work = Work(bytes=size_of(query, query) + 4.0 * rows * key_heads * width, flop=flop)
-    shape = f"3B, an hour, 1/{part} of the pages"
-    return Bench("paged_attention", step, shape, torch.bfloat16, work, ways, tolerance(torch.bfloat16), agree)
+    shape, expected = f"3B, an hour, 1/{part} of the pages", lambda: attention_in_parts(*args)
+    return Bench("paged_attention", step, shape, torch.bfloat16, work, ways, tolerance(torch.bfloat16), agree, expected)
 
 
 @pytest.mark.gpu

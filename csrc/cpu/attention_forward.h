@@ -60,6 +60,13 @@ struct Forward {
     int64_t page_index(int64_t head, int64_t sample, int64_t listing, int64_t row) const {
         return head * page_begin.back() + page_begin[sample] + listing * plan.samples[sample].padded_rows + row;
     }
+    // Whether any of a sample's rows [first, end) weighs anything in the page mass: of a question's, few do.
+    bool weighs(const Sample& s, int64_t first, int64_t end) const {
+        if (!p.mass) return false;
+        const A* weight = p.mass_weight + s.token_begin;
+        return std::any_of(weight + first / plan.group, weight + (end - 1) / plan.group + 1,
+                           [](A w) { return w != 0; });
+    }
 };
 
 // A task's rows and what its pages have left of them so far, a strip after the other.
@@ -171,14 +178,15 @@ struct ForwardTask {
         std::fill(state.out, state.out + strips * R * p.head_dim, A{0});
         std::fill(state.largest, state.largest + strips * R, -std::numeric_limits<A>::infinity());
         std::fill(state.total, state.total + strips * R, A{0});
+        const bool weighs = f.weighs(sample, tile.first, tile.first + tile.rows);
         for (int64_t i = sample.listings * split / splits; i < sample.listings * (split + 1) / splits; ++i) {
-            if (p.mass) {
+            if (weighs) {
                 const int64_t stored = f.page_index(head, tile.sample, i, tile.first);
                 state.page_total = f.page_total.get() + stored;
                 std::fill(state.page_total, state.page_total + strips * R, A{0});
             }
             attend_page<Tile>(f, space, state, strips, head, f.plan.listings[sample.listing_begin + i]);
-            if (!p.mass) continue;
+            if (!weighs) continue;
             std::copy(state.largest, state.largest + strips * R,
                       f.page_largest.get() + f.page_index(head, tile.sample, i, tile.first));
         }
@@ -260,6 +268,7 @@ struct MassTask {
         A share[kStrip<A>];
         for (int64_t head = 0; head < f.p.key_heads; ++head) {
             for (int64_t first = 0; first < s.rows; first += kStrip<A>) {
+                if (!f.weighs(s, first, std::min(first + kStrip<A>, s.rows))) continue;
                 const int64_t page = f.page_index(head, sample, task - s.listing_begin, first);
                 const int64_t row = f.row_index(0, head, s.row_begin + first);
                 for (int64_t lane = 0; lane < kStrip<A>; lane += kLanes<Tile, A>) {

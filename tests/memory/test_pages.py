@@ -12,6 +12,7 @@ from hourllava.memory.pages import (
     row_layout,
     rows_in_use,
     video_layout,
+    visual_pages,
 )
 
 CPU = torch.device("cpu")
@@ -30,6 +31,8 @@ def test_slots_fill_pages_without_gaps(frames, per_frame):
     assert int((rows < PAGE_SIZE).sum()) <= 2
     assert torch.equal(rows_in_use(frames, per_frame, slots.device), rows.to(torch.int32))
     assert torch.equal(slots.sort().values % PAGE_SIZE, torch.cat([torch.arange(n) for n in rows.tolist()]))
+    pages, used = visual_pages(frames, per_frame, slots.device)
+    assert torch.equal(pages.repeat_interleave(used), page[: frames * per_frame])
 
 
 @pytest.mark.parametrize("per_frame", [4, 64, 200])

@@ -136,6 +136,17 @@ def test_page_mass(shape: Shape, dtype: torch.dtype) -> None:
     assert_matches_reference(ours, lambda *a: [plain, exact][a[0].dtype == torch.float64](*a), *args)
 
 
+@pytest.mark.parametrize("weighing", [[0], [299], [150, 151], []])
+def test_page_mass_of_few_rows(weighing: list[int]) -> None:
+    """Of many rows those of a question weigh something: their mass alone, also where whole tiles weigh nothing."""
+    args = clean(make(Shape(tokens=(300,), pages=(5,), heads=(4, 2))))
+    weight = torch.zeros(300)
+    weight[weighing] = torch.rand(len(weighing))
+    ours, plain = (partial(f, scale=0.1, mass_weight=weight) for f in (paged_attention, reference.paged_attention))
+    exact = partial(reference.paged_attention, scale=0.1, mass_weight=weight.double())
+    assert_matches_reference(ours, lambda *a: [plain, exact][a[0].dtype == torch.float64](*a), *args)
+
+
 def test_batch_without_samples() -> None:
     args = clean(make(Shape(tokens=(), pages=())))
     for function in (paged_attention, reference.paged_attention):

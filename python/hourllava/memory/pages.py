@@ -42,9 +42,20 @@ def visual_slots(frame: Tensor, per_frame: int) -> Tensor:
     A page is numbered when the first frame that needs it arrives, so a frame's slots never depend on later frames.
     """
     row = frame[:, None] * per_frame + torch.arange(per_frame, device=frame.device)
-    page = row // PAGE_SIZE
-    newline_pages_before = _ceil_div(page * PAGE_SIZE // per_frame, PAGE_SIZE)
-    return (page + newline_pages_before) * PAGE_SIZE + row % PAGE_SIZE
+    return _visual_page(row // PAGE_SIZE, per_frame) * PAGE_SIZE + row % PAGE_SIZE
+
+
+def visual_pages(frames: int, per_frame: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The pages (V,) int64 that the visual tokens of so many frames fill one after the other, and the rows (V,) int64
+    in use of each."""
+    rows = frames * per_frame
+    page = torch.arange(_ceil_div(rows, PAGE_SIZE), device=device)
+    return _visual_page(page, per_frame), (rows - page * PAGE_SIZE).clamp(max=PAGE_SIZE)
+
+
+def _visual_page(number: Tensor, per_frame: int) -> Tensor:
+    """The page that the visual tokens fill as their `number`th: newline pages opened before it count, too."""
+    return number + _ceil_div(number * PAGE_SIZE // per_frame, PAGE_SIZE)
 
 
 def newline_slots(frame: Tensor, per_frame: int) -> Tensor:

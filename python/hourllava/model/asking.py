@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 from hourllava.errors import InputError, QuestionError
 from hourllava.memory import HeldMemory, MemoryPages, MemoryPrefix, Shard, ShardedMemory, VideoMemory
-from hourllava.memory.pages import PAGE_SIZE, frame_slots, video_layout
+from hourllava.memory.pages import PAGE_SIZE, video_layout, visual_pages
 from hourllava.video import clock
 
 from .budget import ALL, Budget, as_budget
@@ -196,10 +196,10 @@ def _mass_of_seconds(page_mass: Tensor, second: Tensor, memory: MemoryPrefix) ->
     `second` is that of each frame in these pages.
     """
     frames, per_frame = len(second), memory.tokens.shape[1]
-    slots, _ = frame_slots(torch.arange(frames, device=page_mass.device), per_frame)
-    page = slots[: frames * per_frame] // PAGE_SIZE
-    share = page_mass.to(torch.float32) / torch.bincount(page, minlength=len(page_mass)).clamp(min=1)
-    by_frame = share[page].view(frames, per_frame).sum(1)
+    pages, rows = visual_pages(frames, per_frame, page_mass.device)
+    share = page_mass.to(torch.float32)[pages] / rows
+    by_row = share.repeat_interleave(PAGE_SIZE)[: frames * per_frame]
+    by_frame = by_row.view(frames, per_frame).sum(1)
     mass = page_mass.new_zeros(memory.frames, dtype=torch.float32).index_add(0, second, by_frame)
     if memory.shard:
         dist.all_reduce(mass, group=memory.shard.group)
