@@ -15,6 +15,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from hourllava.train.processes import over_all
 
 TOKENS, SECONDS, MEMORY = "tokens_per_second", "video_seconds_per_second", "peak_memory_gib"
+RIGHT = "right"  # share of answers, or names, that a batch of films gets right
 PICTURE = "training.png"
 _PANELS = {
     "loss": "loss",
@@ -53,7 +54,14 @@ class Meter:
 
 
 class Bar(ProgressCallback):
-    """The Trainer's bar, with the last loss in it rather than a line for every step."""
+    """The Trainer's bar, with the run's name and the last loss in it rather than a line for every step."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(args.run_name)
 
     def on_log(
         self,
@@ -65,6 +73,8 @@ class Bar(ProgressCallback):
     ) -> None:
         if self.training_bar is not None and logs and "loss" in logs:
             shown = {"loss": f"{logs['loss']:.3f}", "tokens/s": f"{logs.get(TOKENS, 0):.0f}"}
+            if RIGHT in logs:
+                shown[RIGHT] = f"{logs[RIGHT]:.2f}"
             self.training_bar.set_postfix(shown)
 
 

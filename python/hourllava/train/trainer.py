@@ -33,12 +33,12 @@ from hourllava.train.processes import (
     save_sharded,
     whole_weights,
 )
-from hourllava.train.recipes import Training
+from hourllava.train.recipes import Recipe, Training
 from hourllava.train.report import Meter
 from hourllava.train.resume import PART, commit, failed_save
 from hourllava.train.streams import ShardConversations, ShardSampler
 
-TRAINED = "trained.safetensors"  # with LoRA: adapters and the other parts that learn
+TRAINED = "trained.safetensors"  # what learns, where that is all of a checkpoint: with LoRA, adapters and other parts
 _SEEDS = 1 << 40  # forgetting seeds of a run, one for each batch of each process
 
 
@@ -105,6 +105,8 @@ class VideoTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.recipe, self.network, self.samples = recipe, model, data
+        self.told: Recipe | Training = recipe  # beside every checkpoint
+        self.saves_part = bool(recipe.lora_rank)  # checkpoints hold what learns, and nothing of the rest
         self.memory_group = memory_group(recipe)
         self.taken = (0, 0)  # optimizer steps that are done, and batches that this process has taken since
         self.meter = Meter(args.device, 1 / recipe.memory_parallel)
@@ -216,7 +218,7 @@ class VideoTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
-                (folder / PART / name / RECIPE_FILE).write_text(show(self.recipe) + "\n")
+                (folder / PART / name / RECIPE_FILE).write_text(show(self.told) + "\n")
         except (OSError, RuntimeError, SafetensorError) as failure:
             error = failure
         finally:
@@ -245,7 +247,7 @@ class VideoTrainer(Trainer):
             return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        if not self.recipe.lora_rank:
+        if not self.saves_part:
             with own_report():
                 self.network.save_pretrained(folder, state_dict=state_dict)
             return

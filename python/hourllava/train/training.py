@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import distributed as dist
 from transformers import ProgressCallback, TrainingArguments
@@ -30,13 +31,14 @@ from hourllava.model.parts import parts_table
 from hourllava.train.groups import choose_parameters, learning_rates, merge_adapters
 from hourllava.train.overrides import RECIPE_FILE, check_same, load_recipe, show
 from hourllava.train.processes import deepspeed_config, join_processes, process_count, process_rank, shard
-from hourllava.train.recipes import Training
+from hourllava.train.recipes import Recipe, Training
 from hourllava.train.report import Bar, Picture
-from hourllava.train.resume import SaveBeforeEnd, checkpoints, clear, load_trained, on_sigterm
+from hourllava.train.resume import SaveBeforeEnd, checkpoints, clear, failed_save, load_trained, on_sigterm
 from hourllava.train.streams import ShardConversations
 from hourllava.train.trainer import TRAINED, Conversations, VideoTrainer
 
 Collate = Callable[[Sequence[Any]], dict[str, Any]]
+GO_ON = "the same command goes on from it"
 _FINAL_PART, _SHARDS = ".model.part", "shards"
 
 
@@ -66,11 +68,10 @@ def train(
     """
     join_processes()
     accumulation = recipe.accumulation(process_count())
-    if (out_dir / RECIPE_FILE).exists():
-        check_same(recipe, load_recipe(out_dir / RECIPE_FILE), out_dir)
+    if is_done(recipe, out_dir):
         return out_dir
-    _check_packages(recipe)
-    begun = _prepare_folder(recipe, out_dir)
+    check_packages(recipe)
+    begun = prepare_folder(recipe, out_dir)
     model = load_model(recipe, begun)
     if data is None:
         data, collate = load_data(recipe, model, out_dir)
@@ -80,22 +81,30 @@ def train(
     if recipe.parallel == "fsdp2" and process_count() > 1:
         shard(model, recipe, args.device)
     with on_sigterm() as asked:
-        save_before_end = SaveBeforeEnd(asked)
-        trainer = VideoTrainer(model, recipe, args, data, collate or _no_collate, (save_before_end, Picture()))
-        if not args.disable_tqdm:
-            trainer.remove_callback(ProgressCallback)
-            trainer.add_callback(Bar)
-        trainer.train(resume_from_checkpoint=str(begun) if begun else None)
-    unset_hf_deepspeed_config()  # or a model that is loaded from now on is loaded in parts
-    if save_before_end.stopped:
-        last = checkpoints(out_dir)[-1].name
-        raise StoppedError(out_dir, f"the run was asked to end; {last} is saved", "the same command goes on from it")
+        callbacks = (SaveBeforeEnd(asked), Picture())
+        go(VideoTrainer(model, recipe, args, data, collate or _no_collate, callbacks), out_dir, begun)
     if process_rank() == 0:
         export(recipe, out_dir)
         _tell_failures(data)
     if process_count() > 1:
         dist.barrier()
     return out_dir
+
+
+def go(trainer: VideoTrainer, out_dir: Path, begun: Path | None) -> None:
+    """Train to the last step, from the checkpoint that a run goes on from.
+
+    Raises:
+        StoppedError: SIGTERM came; the last step is saved.
+    """
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(Bar)
+    trainer.train(resume_from_checkpoint=str(begun) if begun else None)
+    unset_hf_deepspeed_config()  # or a model that is loaded from now on is loaded in parts
+    if trainer.state.global_step < trainer.state.max_steps:
+        last = checkpoints(out_dir)[-1].name
+        raise StoppedError(out_dir, f"the run was asked to end; {last} is saved", GO_ON)
 
 
 def load_model(recipe: Training, checkpoint: Path | None = None) -> HourLlavaForConditionalGeneration:
@@ -201,24 +210,53 @@ def training_arguments(recipe: Training, out_dir: Path, accumulation: int) -> Tr
 
 
 def export(recipe: Training, out_dir: Path) -> None:
-    """Put the last checkpoint's model into ``out_dir``: adapters merged, bfloat16 with `bf16`, the recipe last."""
-    part = out_dir / _FINAL_PART
-    shutil.rmtree(part, ignore_errors=True)
+    """Put the last checkpoint's model into ``out_dir``: adapters merged, bfloat16 with `bf16`."""
     model = load_model(replace(recipe, gradient_checkpointing=False), checkpoints(out_dir)[-1])
     if recipe.lora_rank:
         merge_adapters(model)
     with own_report():
         model.to(dtype=torch.bfloat16 if recipe.bf16 else torch.float32)  # type: ignore[call-arg]
-        model.save_pretrained(part)
-    for path in sorted(part.iterdir()):
+    install(model, recipe, out_dir)
+
+
+def install(model: HourLlavaForConditionalGeneration, recipe: Recipe | Training, out_dir: Path) -> None:
+    """Put a model into ``out_dir``, and the recipe last: where it is, all is there.
+
+    Raises:
+        RecipeError: it cannot be written; what was there is as it was.
+    """
+    part = out_dir / _FINAL_PART
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        with own_report():
+            model.save_pretrained(part)
+        (part / RECIPE_FILE).write_text(show(recipe) + "\n")
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise failed_save(error, out_dir, "model.safetensors") from error
+    for path in sorted(part.iterdir(), key=lambda path: path.name == RECIPE_FILE):
         os.replace(path, out_dir / path.name)
     part.rmdir()
-    (out_dir / f".{RECIPE_FILE}").write_text(show(recipe) + "\n")
-    os.replace(out_dir / f".{RECIPE_FILE}", out_dir / RECIPE_FILE)
 
 
-def _prepare_folder(recipe: Training, out_dir: Path) -> Path | None:
-    """The checkpoint to go on from, if there is one."""
+def is_done(recipe: Recipe | Training, out_dir: Path) -> bool:
+    """Whether ``out_dir`` holds what the recipe makes.
+
+    Raises:
+        RecipeError: it holds what another one made.
+    """
+    if not (out_dir / RECIPE_FILE).exists():
+        return False
+    check_same(recipe, load_recipe(out_dir / RECIPE_FILE), out_dir)
+    return True
+
+
+def prepare_folder(recipe: Recipe | Training, out_dir: Path) -> Path | None:
+    """The checkpoint to go on from, if there is one.
+
+    Raises:
+        RecipeError: it was made by another recipe, or ``out_dir`` cannot be written.
+    """
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         found = checkpoints(out_dir)
@@ -233,7 +271,8 @@ def _prepare_folder(recipe: Training, out_dir: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def _check_packages(recipe: Training) -> None:
+def check_packages(recipe: Training) -> None:
+    """Raise RecipeError if the recipe asks for a package that is not installed."""
     needed = {name: name for name in recipe.report_to.split(",") if name != "none"}
     if recipe.parallel in ("zero2", "zero3") and process_count() > 1:
         needed["deepspeed"] = "deepspeed"
