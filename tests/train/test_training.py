@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,15 +50,6 @@ base, out = map(Path, sys.argv[1:])
 torch.set_num_threads(1)
 train(make_recipe(base, save_steps=1), out, Deadly(12), collate)
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """How a busy machine's threads share a sum is not what these tests are about: bits are compared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

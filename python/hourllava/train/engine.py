@@ -83,8 +83,8 @@ def run_recipe(recipe: Recipe | Training, out_dir: Path) -> Path:
                 _run_stage(course, recipe.until(number), folder, SaveBeforeEnd(asked))
             if asked.is_set():
                 raise StoppedError(out_dir, f"the run was asked to end; stage {folder.name} is saved", GO_ON)
-    install(HourLlavaForConditionalGeneration.from_pretrained(folders[-1]), recipe, out_dir)
     _draw_stages(folders, out_dir / PICTURE)
+    install(HourLlavaForConditionalGeneration.from_pretrained(folders[-1]), recipe, out_dir)
     return out_dir
 
 

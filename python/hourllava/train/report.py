@@ -79,12 +79,13 @@ class Bar(ProgressCallback):
 
 
 class Picture(TrainerCallback):
-    """Draws the run into its folder when it ends, from its first step on even if it was interrupted between."""
+    """Draws the run into its folder after its last step, from the first on even if it was interrupted between."""
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.is_world_process_zero and args.output_dir is not None:
+        whole = state.global_step >= state.max_steps  # a run that was asked to end has no time for it
+        if whole and state.is_world_process_zero and args.output_dir is not None:
             draw(state.log_history, Path(args.output_dir) / PICTURE)
 
 
