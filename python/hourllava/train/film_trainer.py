@@ -54,7 +54,7 @@ class FilmTrainer(VideoTrainer):
         super().__init__(model, recipe, args, batches, itemgetter(0), callbacks)  # type: ignore[arg-type]
         self.told = told or recipe
         self.saves_part = True
-        self.objective = objective
+        self.objective: Objective = objective
         self.right = 0.0
 
     def get_train_dataloader(self) -> DataLoader:

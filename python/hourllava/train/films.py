@@ -111,6 +111,8 @@ class Lessons:
     def __init__(self, stage: Stage, tokenizer: PreTrainedTokenizerBase, image_size: int, seed: int) -> None:
         self.stage, self.tokenizer, self.image_size, self.seed = stage, tokenizer, image_size, seed
         self.lessons = [lesson for lesson in stage.lessons for _ in range(lesson.steps)]
+        self.next: int
+        self.examples: Examples
         self._start()
 
     def __len__(self) -> int:

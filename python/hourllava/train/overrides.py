@@ -124,7 +124,7 @@ def load_recipe(path: Path) -> Recipe | Training:
     except (OSError, ValueError) as error:
         raise RecipeError(path, f"it cannot be read ({error})", "start again in another folder") from error
     try:
-        return _made(Recipe if "stages" in told else Training, told)
+        return _made(Recipe, told) if "stages" in told else _made(Training, told)
     except (TypeError, ValueError) as error:
         what = f"it does not hold what this version knows as a recipe ({error})"
         raise RecipeError(path, what, "start again in another folder") from error
