@@ -22,7 +22,8 @@ from hourllava.model.sharing import Share
 from hourllava.train import Training, train, training
 from hourllava.train.processes import join_processes
 from hourllava.train.resume import checkpoints
-from hourllava.train.training import StoppedError, load_model
+from hourllava.train.runs import StoppedError
+from hourllava.train.training import load_model
 
 
 class Recorded(Toy):

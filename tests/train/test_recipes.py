@@ -30,7 +30,7 @@ from hourllava.train.groups import part_of
 from hourllava.train.overrides import change, load_recipe, settings
 from hourllava.train.recipes import tiny
 from hourllava.train.resume import checkpoints
-from hourllava.train.training import StoppedError
+from hourllava.train.runs import StoppedError
 
 STAGES = ["base", "s1", "s2", "s3", "s2-files"]  # one of every kind
 STEPS = 2  # of each, and of the tower

@@ -15,10 +15,10 @@ from training_data import Toy, collate, make_recipe
 
 from hourllava.errors import RecipeError
 from hourllava.train import RECIPES, Training, train
-from hourllava.train import training as training_module
 from hourllava.train.overrides import load_recipe
 from hourllava.train.resume import checkpoints
-from hourllava.train.training import StoppedError, training_arguments
+from hourllava.train.runs import StoppedError, is_done
+from hourllava.train.training import training_arguments
 
 
 class Ended(Toy):
@@ -83,7 +83,7 @@ def test_a_folder_of_another_recipe(base: Path, tmp_path: Path) -> None:
         train(make_recipe(base, max_steps=2), tmp_path, Toy(4), collate)
     other = RECIPES["tiny"]()
     with pytest.raises(RecipeError, match=r"the name was toy and is tiny, .* and \d+ more"):
-        training_module.is_done(other, tmp_path)
+        is_done(other, tmp_path)
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "tiny"])

@@ -24,13 +24,14 @@ from hourllava.data.samples import Sample
 from hourllava.data.shards import ShardDataset, write_shards
 from hourllava.errors import DataError, RecipeError
 from hourllava.model import HourLlavaForConditionalGeneration
-from hourllava.train import Training, train
+from hourllava.train import Training, runs, train
 from hourllava.train import training as training_module
 from hourllava.train.groups import choose_parameters, learning_rates, merge_adapters, optimizer_groups
 from hourllava.train.report import MEMORY, SECONDS, TOKENS
 from hourllava.train.resume import checkpoints
+from hourllava.train.runs import StoppedError
 from hourllava.train.streams import ShardConversations, ShardSampler
-from hourllava.train.training import StoppedError, load_model
+from hourllava.train.training import load_model
 
 STEPS = 5
 KILL = """
@@ -371,6 +372,6 @@ def test_data_has_to_be_named(base: Path, tmp_path: Path) -> None:
 
 
 def test_a_logger_that_is_not_installed(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(runs, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match="wandb is not installed; pip install wandb"):
         train(make_recipe(base, report_to="wandb"), tmp_path, Toy(4), collate)

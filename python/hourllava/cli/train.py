@@ -22,7 +22,7 @@ def train(name: str, arguments: list[str], output: Path | None = None) -> int:
     from hourllava.train.engine import run_recipe
     from hourllava.train.overrides import change, find_recipe, settings, show, shown, split_arguments
     from hourllava.train.processes import leave_processes, process_rank
-    from hourllava.train.training import StoppedError
+    from hourllava.train.runs import StoppedError
 
     recipe = find_recipe(name)
     if {"-h", "--help"} & set(arguments):

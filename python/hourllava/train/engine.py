@@ -25,19 +25,10 @@ from hourllava.train.processes import join_processes, process_count
 from hourllava.train.recipes import Recipe, Training
 from hourllava.train.report import PICTURE, Picture, draw
 from hourllava.train.resume import SaveBeforeEnd, checkpoints, load_trained, on_sigterm
+from hourllava.train.runs import GO_ON, StoppedError, check_packages, go, install, is_done, prepare_folder
 from hourllava.train.tower import LabelledFrames, add_naming, finish_tower, name_frames
 from hourllava.train.trainer import TRAINED
-from hourllava.train.training import (
-    GO_ON,
-    StoppedError,
-    check_packages,
-    go,
-    install,
-    is_done,
-    prepare_folder,
-    train,
-    training_arguments,
-)
+from hourllava.train.training import train, training_arguments
 
 TOWER = "tower"  # the stage before the recipe's own
 _TOWER_RATE = 2e-3

@@ -1,22 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run one of the paper's stages by its recipe: load, say what trains, train, and leave a model that `ask` can open."""
 
-import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import distributed as dist
-from transformers import ProgressCallback, TrainingArguments
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers import TrainingArguments
 
 from hourllava.data.collator import Collator
 from hourllava.data.dataset import ConversationDataset
@@ -29,21 +24,16 @@ from hourllava.model import HourLlavaForConditionalGeneration
 from hourllava.model.checkpoint import own_report
 from hourllava.model.parts import parts_table
 from hourllava.train.groups import choose_parameters, learning_rates, merge_adapters
-from hourllava.train.overrides import RECIPE_FILE, check_same, load_recipe, show
 from hourllava.train.processes import deepspeed_config, join_processes, process_count, process_rank, shard
-from hourllava.train.recipes import Recipe, Training
-from hourllava.train.report import Bar, Picture
-from hourllava.train.resume import SaveBeforeEnd, checkpoints, clear, failed_save, load_trained, on_sigterm
+from hourllava.train.recipes import Training
+from hourllava.train.report import Picture
+from hourllava.train.resume import SaveBeforeEnd, checkpoints, load_trained, on_sigterm
+from hourllava.train.runs import check_packages, go, install, is_done, prepare_folder
 from hourllava.train.streams import ShardConversations
 from hourllava.train.trainer import TRAINED, Conversations, VideoTrainer
 
 Collate = Callable[[Sequence[Any]], dict[str, Any]]
-GO_ON = "the same command goes on from it"
-_FINAL_PART, _SHARDS = ".model.part", "shards"
-
-
-class StoppedError(RecipeError):
-    """A run was asked to end, and has saved."""
+_SHARDS = "shards"
 
 
 def train(
@@ -89,22 +79,6 @@ def train(
     if process_count() > 1:
         dist.barrier()
     return out_dir
-
-
-def go(trainer: VideoTrainer, out_dir: Path, begun: Path | None) -> None:
-    """Train to the last step, from the checkpoint that a run goes on from.
-
-    Raises:
-        StoppedError: SIGTERM came; the last step is saved.
-    """
-    if not trainer.args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(Bar)
-    trainer.train(resume_from_checkpoint=str(begun) if begun else None)
-    unset_hf_deepspeed_config()  # or a model that is loaded from now on is loaded in parts
-    if trainer.state.global_step < trainer.state.max_steps:
-        last = checkpoints(out_dir)[-1].name
-        raise StoppedError(out_dir, f"the run was asked to end; {last} is saved", GO_ON)
 
 
 def load_model(recipe: Training, checkpoint: Path | None = None) -> HourLlavaForConditionalGeneration:
@@ -217,69 +191,6 @@ def export(recipe: Training, out_dir: Path) -> None:
     with own_report():
         model.to(dtype=torch.bfloat16 if recipe.bf16 else torch.float32)  # type: ignore[call-arg]
     install(model, recipe, out_dir)
-
-
-def install(model: HourLlavaForConditionalGeneration, recipe: Recipe | Training, out_dir: Path) -> None:
-    """Put a model into ``out_dir``, and the recipe last: where it is, all is there.
-
-    Raises:
-        RecipeError: it cannot be written; what was there is as it was.
-    """
-    part = out_dir / _FINAL_PART
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        with own_report():
-            model.save_pretrained(part)
-        (part / RECIPE_FILE).write_text(show(recipe) + "\n")
-    except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(part, ignore_errors=True)
-        raise failed_save(error, out_dir, "model.safetensors") from error
-    for path in sorted(part.iterdir(), key=lambda path: path.name == RECIPE_FILE):
-        os.replace(path, out_dir / path.name)
-    part.rmdir()
-
-
-def is_done(recipe: Recipe | Training, out_dir: Path) -> bool:
-    """Whether ``out_dir`` holds what the recipe makes.
-
-    Raises:
-        RecipeError: it holds what another one made.
-    """
-    if not (out_dir / RECIPE_FILE).exists():
-        return False
-    check_same(recipe, load_recipe(out_dir / RECIPE_FILE), out_dir)
-    return True
-
-
-def prepare_folder(recipe: Recipe | Training, out_dir: Path) -> Path | None:
-    """The checkpoint to go on from, if there is one.
-
-    Raises:
-        RecipeError: it was made by another recipe, or ``out_dir`` cannot be written.
-    """
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        found = checkpoints(out_dir)
-    except OSError as error:
-        raise RecipeError(f"output {out_dir}", f"it cannot be written ({error.strerror})", "give another -o") from error
-    if process_count() > 1:
-        dist.barrier()  # before the first process clears up, all have seen the same
-    if process_rank() == 0:
-        clear(out_dir)
-    if found:
-        check_same(recipe, load_recipe(found[-1] / RECIPE_FILE), found[-1])
-    return found[-1] if found else None
-
-
-def check_packages(recipe: Training) -> None:
-    """Raise RecipeError if the recipe asks for a package that is not installed."""
-    needed = {name: name for name in recipe.report_to.split(",") if name != "none"}
-    if recipe.parallel in ("zero2", "zero3") and process_count() > 1:
-        needed["deepspeed"] = "deepspeed"
-    for name in needed:
-        if find_spec(name) is None:
-            flag = "--parallel" if name == "deepspeed" else "--report-to"
-            raise RecipeError(flag, f"{name} is not installed", f"pip install {name}, or choose another")
 
 
 def _tell_failures(data: Conversations | ShardConversations) -> None:
