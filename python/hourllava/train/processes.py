@@ -65,21 +65,6 @@ def memory_group(recipe: Training) -> dist.ProcessGroup | None:
     return mine
 
 
-def deepspeed_config(recipe: Training) -> dict[str, Any] | None:
-    """The paper's ZeRO-2 (SPEC C.8), or ZeRO-3; None for other ways to share. Trainer fills in what is "auto"."""
-    if recipe.parallel not in ("zero2", "zero3") or process_count() == 1:
-        return None
-    zero: dict[str, Any] = {"stage": 2, "overlap_comm": False, "contiguous_gradients": True}
-    zero |= {"allgather_bucket_size": 200_000_000, "reduce_bucket_size": 200_000_000}
-    if recipe.parallel == "zero3":
-        zero = {"stage": 3, "overlap_comm": False, "contiguous_gradients": True, "sub_group_size": 1_000_000}
-        zero |= {"reduce_bucket_size": 50_000_000, "stage3_prefetch_bucket_size": 0}
-        zero |= {"stage3_param_persistence_threshold": 10_000_000, "stage3_max_live_parameters": 1_000_000}
-        zero |= {"stage3_gather_16bit_weights_on_model_save": True}
-    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    return {"zero_optimization": zero, "bf16": {"enabled": "auto"}, **dict.fromkeys(names, "auto")}
-
-
 class Sharded(nn.Module):
     """A model whose weights, gradients and optimizer states lie in shards on all processes (FSDP2).
 

@@ -15,7 +15,6 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import distributed as dist
 from transformers import ProgressCallback, TrainingArguments
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hourllava.data.collator import Collator
 from hourllava.data.dataset import ConversationDataset
@@ -29,12 +28,13 @@ from hourllava.model.checkpoint import own_report
 from hourllava.model.parts import parts_table
 from hourllava.train.groups import choose_parameters, learning_rates, merge_adapters
 from hourllava.train.overrides import RECIPE_FILE, check_same, load_recipe, show
-from hourllava.train.processes import deepspeed_config, join_processes, process_count, process_rank, shard
+from hourllava.train.processes import join_processes, process_count, process_rank, shard
 from hourllava.train.recipes import Training
 from hourllava.train.report import Bar, Picture
 from hourllava.train.resume import SaveBeforeEnd, checkpoints, clear, load_trained, on_sigterm
 from hourllava.train.streams import ShardConversations
 from hourllava.train.trainer import TRAINED, Conversations, VideoTrainer
+from hourllava.train.zero import deepspeed_config, leave_zero, uses_zero
 
 Collate = Callable[[Sequence[Any]], dict[str, Any]]
 _FINAL_PART, _SHARDS = ".model.part", "shards"
@@ -85,8 +85,10 @@ def train(
         if not args.disable_tqdm:
             trainer.remove_callback(ProgressCallback)
             trainer.add_callback(Bar)
-        trainer.train(resume_from_checkpoint=str(begun) if begun else None)
-    unset_hf_deepspeed_config()  # or a model that is loaded from now on is loaded in parts
+        try:
+            trainer.train(resume_from_checkpoint=str(begun) if begun else None)
+        finally:
+            leave_zero()
     if save_before_end.stopped:
         last = checkpoints(out_dir)[-1].name
         raise StoppedError(out_dir, f"the run was asked to end; {last} is saved", "the same command goes on from it")
@@ -235,7 +237,7 @@ def _prepare_folder(recipe: Training, out_dir: Path) -> Path | None:
 
 def _check_packages(recipe: Training) -> None:
     needed = {name: name for name in recipe.report_to.split(",") if name != "none"}
-    if recipe.parallel in ("zero2", "zero3") and process_count() > 1:
+    if uses_zero(recipe):
         needed["deepspeed"] = "deepspeed"
     for name in needed:
         if find_spec(name) is None:
