@@ -84,7 +84,11 @@ class ReduceInOrder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         zero = kwargs["optimizer"].optimizer
-        name = "process_gradients" if hasattr(zero, "process_gradients") else "reduce_ready_partitions_and_remove_grads"
+        name = "process_gradients"
+        if not hasattr(zero, name):  # ZeRO-3, which gathers weights as well
+            name = "reduce_ready_partitions_and_remove_grads"
+            small = zero.persistent_parameters  # gathered where they are first looked at, which is not one place
+            small[0].all_gather(small)
         self.in_order = InOrder(getattr(zero, name), kwargs["model"])
         setattr(zero, name, self.in_order)
 
