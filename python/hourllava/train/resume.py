@@ -30,6 +30,22 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
+def check_sharing(checkpoint: Path, parallel: str, saved: str, processes: int) -> None:
+    """Whether so many processes that share the work by `parallel` can read a checkpoint's optimizer.
+
+    Args:
+        saved: how the processes shared that saved it.
+
+    Raises:
+        RecipeError: they cannot.
+    """
+    before = len(list(checkpoint.glob("rng_state*.pth")))  # each process has saved its own
+    ways = ["ddp" if number == 1 else way for way, number in ((saved, before), (parallel, processes))]
+    if ways[0] != ways[1] or (ways[0].startswith("zero") and before != processes):
+        why = f"{before} processes with --parallel {saved} saved it, {processes} with {parallel} cannot read all of it"
+        raise RecipeError(checkpoint, why, "go on as it was begun, or start in another folder")
+
+
 def commit(part: Path, folder: Path, keep: int) -> None:
     """Give a checkpoint that is written its name, once all of it is on the disk, and remove all but the last `keep`."""
     for path in sorted(part.rglob("*")):

@@ -31,7 +31,7 @@ from hourllava.train.overrides import RECIPE_FILE, check_same, load_recipe, show
 from hourllava.train.processes import join_processes, process_count, process_rank, shard
 from hourllava.train.recipes import Training
 from hourllava.train.report import Bar, Picture
-from hourllava.train.resume import SaveBeforeEnd, checkpoints, clear, load_trained, on_sigterm
+from hourllava.train.resume import SaveBeforeEnd, check_sharing, checkpoints, clear, load_trained, on_sigterm
 from hourllava.train.streams import ShardConversations
 from hourllava.train.trainer import TRAINED, Conversations, VideoTrainer
 from hourllava.train.zero import deepspeed_config, leave_zero, uses_zero
@@ -231,7 +231,9 @@ def _prepare_folder(recipe: Training, out_dir: Path) -> Path | None:
     if process_rank() == 0:
         clear(out_dir)
     if found:
-        check_same(recipe, load_recipe(found[-1] / RECIPE_FILE), found[-1])
+        saved = load_recipe(found[-1] / RECIPE_FILE)
+        check_same(recipe, saved, found[-1])
+        check_sharing(found[-1], recipe.parallel, saved.parallel, process_count())
     return found[-1] if found else None
 
 
