@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
@@ -90,12 +91,21 @@ class Sharded(nn.Module):
 
 
 def shard(model: HourLlavaForConditionalGeneration, recipe: Training, device: torch.device) -> None:
-    """Spread the model over all processes, in place; computes in bfloat16 and sums gradients in float32 with `bf16`."""
+    """Spread the first process' model over all, in place; with `bf16` it computes in bfloat16, and sums in float32.
+
+    Args:
+        model: of the same parameters on every process; what the others' hold does not matter.
+    """
+    weights = model.state_dict() if process_rank() == 0 else {}
     mesh = init_device_mesh(device.type, (process_count(),))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if recipe.bf16 else MixedPrecisionPolicy()
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, weights, options=options)
+    for buffer in model.buffers():
+        dist.broadcast(buffer, 0)
 
 
 def whole_weights(model: nn.Module) -> dict[str, Any]:

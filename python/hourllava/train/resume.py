@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -103,14 +102,6 @@ class SaveBeforeEnd(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if over_all(float(self.asked.is_set()), args.device, dist.ReduceOp.MAX) and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = self.stopped = True
-
-
-def load_trained(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Put weights of some parameters back, each under its own name."""
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, weight in weights.items():
-            parameters[name].copy_(weight)
 
 
 def _flush(path: Path) -> None:

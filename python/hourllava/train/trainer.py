@@ -249,7 +249,7 @@ class VideoTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         if not self.recipe.lora_rank:
             with own_report():
-                self.network.save_pretrained(folder, state_dict=state_dict)
+                self.network.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
             return
         weights = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
         chosen: dict[str, Tensor] = {

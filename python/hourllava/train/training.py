@@ -22,19 +22,19 @@ from hourllava.data.failures import FailureLog
 from hourllava.data.mds import INDEX
 from hourllava.data.mixture import load_mixture
 from hourllava.data.shards import ShardDataset
-from hourllava.errors import RecipeError
+from hourllava.errors import HourLlavaError, RecipeError
 from hourllava.model import HourLlavaForConditionalGeneration
-from hourllava.model.checkpoint import own_report
+from hourllava.model.checkpoint import copy_tensors, own_report
 from hourllava.model.parts import parts_table
 from hourllava.train.groups import choose_parameters, learning_rates, merge_adapters
 from hourllava.train.overrides import RECIPE_FILE, check_same, load_recipe, show
 from hourllava.train.processes import join_processes, process_count, process_rank, shard
 from hourllava.train.recipes import Training
 from hourllava.train.report import Bar, Picture
-from hourllava.train.resume import SaveBeforeEnd, check_sharing, checkpoints, clear, load_trained, on_sigterm
+from hourllava.train.resume import SaveBeforeEnd, check_sharing, checkpoints, clear, on_sigterm
 from hourllava.train.streams import ShardConversations
 from hourllava.train.trainer import TRAINED, Conversations, VideoTrainer
-from hourllava.train.zero import deepspeed_config, leave_zero, uses_zero
+from hourllava.train.zero import deepspeed_config, join_zero, leave_zero, uses_zero
 
 Collate = Callable[[Sequence[Any]], dict[str, Any]]
 _FINAL_PART, _SHARDS = ".model.part", "shards"
@@ -71,13 +71,41 @@ def train(
         return out_dir
     _check_packages(recipe)
     begun = _prepare_folder(recipe, out_dir)
-    model = load_model(recipe, begun)
+    try:
+        stopped = _train(recipe, out_dir, begun, training_arguments(recipe, out_dir, accumulation), data, collate)
+    finally:
+        leave_zero()
+    if stopped:
+        last = checkpoints(out_dir)[-1].name
+        raise StoppedError(out_dir, f"the run was asked to end; {last} is saved", "the same command goes on from it")
+    if process_rank() == 0:
+        export(recipe, out_dir)
+    if process_count() > 1:
+        dist.barrier()
+    return out_dir
+
+
+def _train(
+    recipe: Training,
+    out_dir: Path,
+    begun: Path | None,
+    args: TrainingArguments,
+    data: Conversations | ShardConversations | None,
+    collate: Collate | None,
+) -> bool:
+    """Train from the checkpoint `begun` on, or from the start; returns whether the run was asked to end before its end.
+
+    `args` are made before the model is loaded: with ZeRO-3 it is loaded in parts.
+    """
+    if uses_zero(recipe):
+        join_zero()
+    in_shards = recipe.parallel == "fsdp2" and process_count() > 1
+    model = (load_for_shards if in_shards else load_model)(recipe, begun)
     if data is None:
         data, collate = load_data(recipe, model, out_dir)
-    args = training_arguments(recipe, out_dir, accumulation)
     if process_rank() == 0:
         print(parts_table(model, learning_rates(model, recipe)), file=sys.stderr)
-    if recipe.parallel == "fsdp2" and process_count() > 1:
+    if in_shards:
         shard(model, recipe, args.device)
     with on_sigterm() as asked:
         save_before_end = SaveBeforeEnd(asked)
@@ -85,19 +113,10 @@ def train(
         if not args.disable_tqdm:
             trainer.remove_callback(ProgressCallback)
             trainer.add_callback(Bar)
-        try:
-            trainer.train(resume_from_checkpoint=str(begun) if begun else None)
-        finally:
-            leave_zero()
-    if save_before_end.stopped:
-        last = checkpoints(out_dir)[-1].name
-        raise StoppedError(out_dir, f"the run was asked to end; {last} is saved", "the same command goes on from it")
-    if process_rank() == 0:
-        export(recipe, out_dir)
+        trainer.train(resume_from_checkpoint=str(begun) if begun else None)
+    if process_rank() == 0 and not save_before_end.stopped:
         _tell_failures(data)
-    if process_count() > 1:
-        dist.barrier()
-    return out_dir
+    return save_before_end.stopped
 
 
 def load_model(recipe: Training, checkpoint: Path | None = None) -> HourLlavaForConditionalGeneration:
@@ -119,15 +138,40 @@ def load_model(recipe: Training, checkpoint: Path | None = None) -> HourLlavaFor
     model = HourLlavaForConditionalGeneration.from_pretrained(
         source, dtype=torch.float32, new_resampler=recipe.memaug_depth, **fields
     )
-    decoder = model.config.text_config
-    decoder.max_position_embeddings = min(decoder.max_position_embeddings, recipe.max_length)
-    choose_parameters(model, recipe)
+    torch.manual_seed(recipe.seed)  # draws adapters, on all processes alike
+    _set_up(model, recipe)
     if checkpoint is not None and not whole:
-        load_trained(model, load_file(checkpoint / TRAINED))
-    if recipe.gradient_checkpointing:
-        # Of the two names, newer releases of transformers deprecate the second.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        copy_tensors(load_file(checkpoint / TRAINED), model)
+    return model
+
+
+def load_for_shards(recipe: Training, checkpoint: Path | None = None) -> HourLlavaForConditionalGeneration:
+    """`load_model` on the first process; on the others the same parameters, in memory that nothing has touched.
+
+    `shard` fills them: the weights are held whole once, and not on every process.
+
+    Raises:
+        ModelError: it is not whole; every process raises it.
+    """
+    told: list[Any] = [None]
+    model = None
+    if process_rank() == 0:
+        try:
+            model = load_model(recipe, checkpoint)
+            told = [(model.config, model.tokenizer)]
+        except HourLlavaError as error:
+            told = [error]
+    dist.broadcast_object_list(told)
+    if isinstance(told[0], HourLlavaError):
+        raise told[0]
+    if model is None:
+        config, tokenizer = told[0]
+        with torch.device("meta"):
+            model = HourLlavaForConditionalGeneration(config)
+        model.to_empty(device="cpu")
+        model.tie_weights()  # which `to_empty` has undone
+        model.tokenizer = tokenizer
+        _set_up(model, recipe)
     return model
 
 
@@ -217,6 +261,17 @@ def export(recipe: Training, out_dir: Path) -> None:
     part.rmdir()
     (out_dir / f".{RECIPE_FILE}").write_text(show(recipe) + "\n")
     os.replace(out_dir / f".{RECIPE_FILE}", out_dir / RECIPE_FILE)
+
+
+def _set_up(model: HourLlavaForConditionalGeneration, recipe: Training) -> None:
+    """Longest input, what learns, and gradient checkpointing."""
+    decoder = model.config.text_config
+    decoder.max_position_embeddings = min(decoder.max_position_embeddings, recipe.max_length)
+    choose_parameters(model, recipe)
+    if recipe.gradient_checkpointing:
+        # Of the two names, newer releases of transformers deprecate the second.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
 
 
 def _prepare_folder(recipe: Training, out_dir: Path) -> Path | None:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from torch import distributed as dist
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -35,6 +36,13 @@ def deepspeed_config(recipe: Training) -> dict[str, Any] | None:
         zero |= {"stage3_gather_16bit_weights_on_model_save": True}
     names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     return {"zero_optimization": zero, "bf16": {"enabled": "auto"}, **dict.fromkeys(names, "auto")}
+
+
+def join_zero() -> None:
+    """Let DeepSpeed take the processes as they have met, before it is asked to load a model in parts."""
+    from deepspeed import comm
+
+    comm.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
 
 
 def leave_zero() -> None:
