@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import distributed as dist
 from training_data import Toy, collate, make_recipe
-from transformers import TrainingArguments
 
 from hourllava.model.sharing import Share
-from hourllava.train import Training, train, training
+from hourllava.train import Training, train, training, zero
 from hourllava.train.processes import join_processes
 from hourllava.train.resume import checkpoints
 from hourllava.train.runs import StoppedError
@@ -81,16 +79,28 @@ def shared_batch(kind: str) -> dict[str, Any]:
     return {**collate([toy[n] for n in numbers]), "forgetting_seed": 5, "spatial_forgetting": "random"}
 
 
-def let_deepspeed_use_cpus() -> None:
-    """accelerate starts DeepSpeed for GPUs alone, unless it finds processes that have met already."""
-    PartialState(backend="gloo")
-    fixed = {"use_cpu": False, "accelerator_config": {"use_configured_state": True}}
-    training.TrainingArguments = lambda **told: TrainingArguments(**{**told, **fixed})  # type: ignore[misc]
+def let_deepspeed_share_little_things() -> None:
+    """Buckets and limits as small for the toy as DeepSpeed's are for a model of billions; everything over gloo."""
+    from deepspeed import ops
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False  # shared memory between CPUs, which it would compile
+    whole = zero.deepspeed_config
+
+    def little(recipe: Training) -> dict[str, Any] | None:
+        config = whole(recipe)
+        if config is not None:
+            limits = dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size"), 20_000)
+            if recipe.parallel == "zero3":
+                limits = {"reduce_bucket_size": 20_000, "stage3_max_live_parameters": 1000}
+                limits |= {"stage3_param_persistence_threshold": 1000}
+            config["zero_optimization"] |= limits
+        return config
+
+    training.deepspeed_config = little
 
 
 def main(base: Path, out: Path, cases: list[str]) -> None:
-    if cases[0].startswith("zero"):
-        let_deepspeed_use_cpus()
+    let_deepspeed_share_little_things()
     join_processes()
     recipe = make_recipe(base, group_by_modality=False, max_steps=5, save_steps=2)
     for case in cases:

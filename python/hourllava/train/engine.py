@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from hourllava.data.tokenizer import build_tokenizer
 from hourllava.errors import RecipeError
 from hourllava.model import HourLlavaForConditionalGeneration
+from hourllava.model.checkpoint import copy_tensors
 from hourllava.model.configuration import tiny_config
 from hourllava.model.parts import parts_table
 from hourllava.train.film_trainer import Batches, FilmTrainer, Objective, answer_questions
@@ -24,7 +25,7 @@ from hourllava.train.overrides import find_recipe
 from hourllava.train.processes import join_processes, process_count
 from hourllava.train.recipes import Recipe, Training
 from hourllava.train.report import PICTURE, Picture, draw
-from hourllava.train.resume import SaveBeforeEnd, checkpoints, load_trained, on_sigterm
+from hourllava.train.resume import SaveBeforeEnd, checkpoints, on_sigterm
 from hourllava.train.runs import GO_ON, StoppedError, check_packages, go, install, is_done, prepare_folder
 from hourllava.train.tower import LabelledFrames, add_naming, finish_tower, name_frames
 from hourllava.train.trainer import TRAINED
@@ -85,7 +86,7 @@ def _run_stage(course: _Course, told: Recipe, folder: Path, save_before_end: Sav
     check_packages(course.training)
     choose_parameters(course.model, course.training)
     if begun is not None:
-        load_trained(course.model, load_file(begun / TRAINED))
+        copy_tensors(load_file(begun / TRAINED), course.model)
     print(parts_table(course.model, learning_rates(course.model, course.training)), file=sys.stderr)
     args = _arguments(course, folder)
     callbacks = (save_before_end, Picture())

@@ -104,9 +104,12 @@ def draw(history: Sequence[dict[str, float]], path: Path) -> None:
         axes.plot(steps, [entry.get(name, float("nan")) for entry in entries], color=_INK, linewidth=1.2)
         axes.set_ylabel(title, fontsize=8)
         axes.tick_params(labelsize=8)
+        if name in (TOKENS, SECONDS, MEMORY):
+            axes.set_ylim(bottom=0)  # what is measured from nothing; a loss or a rate is not
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     rows[-1].set_xlabel("step")
+    figure.align_ylabels()
     figure.savefig(path, format="png")
 
 

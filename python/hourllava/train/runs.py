@@ -9,7 +9,6 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import distributed as dist
 from transformers import ProgressCallback
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hourllava.errors import RecipeError
 from hourllava.model import HourLlavaForConditionalGeneration
@@ -18,8 +17,9 @@ from hourllava.train.overrides import RECIPE_FILE, check_same, load_recipe, show
 from hourllava.train.processes import process_count, process_rank
 from hourllava.train.recipes import Recipe, Training
 from hourllava.train.report import Bar
-from hourllava.train.resume import checkpoints, clear, failed_save
+from hourllava.train.resume import check_sharing, checkpoints, clear, failed_save
 from hourllava.train.trainer import VideoTrainer
+from hourllava.train.zero import uses_zero
 
 GO_ON = "the same command goes on from it"
 _FINAL_PART = ".model.part"
@@ -57,14 +57,17 @@ def prepare_folder(recipe: Recipe | Training, out_dir: Path) -> Path | None:
     if process_rank() == 0:
         clear(out_dir)
     if found:
-        check_same(recipe, load_recipe(found[-1] / RECIPE_FILE), found[-1])
+        saved = load_recipe(found[-1] / RECIPE_FILE)
+        check_same(recipe, saved, found[-1])
+        if isinstance(recipe, Training) and isinstance(saved, Training):
+            check_sharing(found[-1], recipe.parallel, saved.parallel, process_count())
     return found[-1] if found else None
 
 
 def check_packages(recipe: Training) -> None:
     """Raise RecipeError if the recipe asks for a package that is not installed."""
     needed = {name: name for name in recipe.report_to.split(",") if name != "none"}
-    if recipe.parallel in ("zero2", "zero3") and process_count() > 1:
+    if uses_zero(recipe):
         needed["deepspeed"] = "deepspeed"
     for name in needed:
         if find_spec(name) is None:
@@ -82,7 +85,6 @@ def go(trainer: VideoTrainer, out_dir: Path, begun: Path | None) -> None:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Bar)
     trainer.train(resume_from_checkpoint=str(begun) if begun else None)
-    unset_hf_deepspeed_config()  # or a model that is loaded from now on is loaded in parts
     if trainer.state.global_step < trainer.state.max_steps:
         last = checkpoints(out_dir)[-1].name
         raise StoppedError(out_dir, f"the run was asked to end; {last} is saved", GO_ON)

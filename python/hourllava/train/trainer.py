@@ -37,6 +37,7 @@ from hourllava.train.recipes import Recipe, Training
 from hourllava.train.report import Meter
 from hourllava.train.resume import PART, commit, failed_save
 from hourllava.train.streams import ShardConversations, ShardSampler
+from hourllava.train.zero import ReduceInOrder, uses_zero
 
 TRAINED = "trained.safetensors"  # what learns, where that is all of a checkpoint: with LoRA, adapters and other parts
 _SEEDS = 1 << 40  # forgetting seeds of a run, one for each batch of each process
@@ -112,7 +113,8 @@ class VideoTrainer(Trainer):
         self.meter = Meter(args.device, 1 / recipe.memory_parallel)
         self._rates: dict[str, float] = {}
         self._folder: str | None = None
-        super().__init__(model, args, collate, data, callbacks=list(callbacks))  # type: ignore[arg-type]
+        callbacks = [*callbacks, ReduceInOrder()] if uses_zero(recipe) else list(callbacks)
+        super().__init__(model, args, collate, data, callbacks=callbacks)  # type: ignore[arg-type]
         self.model_accepts_loss_kwargs = False  # the loss is a mean over a batch and not over a step's tokens
 
     def get_train_dataloader(self) -> DataLoader:
@@ -249,7 +251,7 @@ class VideoTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         if not self.saves_part:
             with own_report():
-                self.network.save_pretrained(folder, state_dict=state_dict)
+                self.network.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
             return
         weights = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
         chosen: dict[str, Tensor] = {

@@ -19,18 +19,19 @@ from hourllava.data.failures import FailureLog
 from hourllava.data.mds import INDEX
 from hourllava.data.mixture import load_mixture
 from hourllava.data.shards import ShardDataset
-from hourllava.errors import RecipeError
+from hourllava.errors import HourLlavaError, RecipeError
 from hourllava.model import HourLlavaForConditionalGeneration
-from hourllava.model.checkpoint import own_report
+from hourllava.model.checkpoint import copy_tensors, own_report
 from hourllava.model.parts import parts_table
 from hourllava.train.groups import choose_parameters, learning_rates, merge_adapters
-from hourllava.train.processes import deepspeed_config, join_processes, process_count, process_rank, shard
+from hourllava.train.processes import join_processes, process_count, process_rank, shard
 from hourllava.train.recipes import Training
 from hourllava.train.report import Picture
-from hourllava.train.resume import SaveBeforeEnd, checkpoints, load_trained, on_sigterm
+from hourllava.train.resume import SaveBeforeEnd, checkpoints, on_sigterm
 from hourllava.train.runs import check_packages, go, install, is_done, prepare_folder
 from hourllava.train.streams import ShardConversations
 from hourllava.train.trainer import TRAINED, Conversations, VideoTrainer
+from hourllava.train.zero import deepspeed_config, join_zero, leave_zero, uses_zero
 
 Collate = Callable[[Sequence[Any]], dict[str, Any]]
 _SHARDS = "shards"
@@ -62,23 +63,44 @@ def train(
         return out_dir
     check_packages(recipe)
     begun = prepare_folder(recipe, out_dir)
-    model = load_model(recipe, begun)
+    try:
+        _train(recipe, out_dir, begun, training_arguments(recipe, out_dir, accumulation), data, collate)
+    finally:
+        leave_zero()
+    if process_rank() == 0:
+        export(recipe, out_dir)
+    if process_count() > 1:
+        dist.barrier()
+    return out_dir
+
+
+def _train(
+    recipe: Training,
+    out_dir: Path,
+    begun: Path | None,
+    args: TrainingArguments,
+    data: Conversations | ShardConversations | None,
+    collate: Collate | None,
+) -> None:
+    """Train from the checkpoint `begun` on, or from the start.
+
+    `args` are made before the model is loaded: with ZeRO-3 it is loaded in parts.
+    """
+    if uses_zero(recipe):
+        join_zero()
+    in_shards = recipe.parallel == "fsdp2" and process_count() > 1
+    model = (load_for_shards if in_shards else load_model)(recipe, begun)
     if data is None:
         data, collate = load_data(recipe, model, out_dir)
-    args = training_arguments(recipe, out_dir, accumulation)
     if process_rank() == 0:
         print(parts_table(model, learning_rates(model, recipe)), file=sys.stderr)
-    if recipe.parallel == "fsdp2" and process_count() > 1:
+    if in_shards:
         shard(model, recipe, args.device)
     with on_sigterm() as asked:
         callbacks = (SaveBeforeEnd(asked), Picture())
         go(VideoTrainer(model, recipe, args, data, collate or _no_collate, callbacks), out_dir, begun)
     if process_rank() == 0:
-        export(recipe, out_dir)
         _tell_failures(data)
-    if process_count() > 1:
-        dist.barrier()
-    return out_dir
 
 
 def load_model(recipe: Training, checkpoint: Path | None = None) -> HourLlavaForConditionalGeneration:
@@ -100,15 +122,40 @@ def load_model(recipe: Training, checkpoint: Path | None = None) -> HourLlavaFor
     model = HourLlavaForConditionalGeneration.from_pretrained(
         source, dtype=torch.float32, new_resampler=recipe.memaug_depth, **fields
     )
-    decoder = model.config.text_config
-    decoder.max_position_embeddings = min(decoder.max_position_embeddings, recipe.max_length)
-    choose_parameters(model, recipe)
+    torch.manual_seed(recipe.seed)  # draws adapters, on all processes alike
+    _set_up(model, recipe)
     if checkpoint is not None and not whole:
-        load_trained(model, load_file(checkpoint / TRAINED))
-    if recipe.gradient_checkpointing:
-        # Of the two names, newer releases of transformers deprecate the second.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        copy_tensors(load_file(checkpoint / TRAINED), model)
+    return model
+
+
+def load_for_shards(recipe: Training, checkpoint: Path | None = None) -> HourLlavaForConditionalGeneration:
+    """`load_model` on the first process; on the others the same parameters, in memory that nothing has touched.
+
+    `shard` fills them: the weights are held whole once, and not on every process.
+
+    Raises:
+        ModelError: it is not whole; every process raises it.
+    """
+    told: list[Any] = [None]
+    model = None
+    if process_rank() == 0:
+        try:
+            model = load_model(recipe, checkpoint)
+            told = [(model.config, model.tokenizer)]
+        except HourLlavaError as error:
+            told = [error]
+    dist.broadcast_object_list(told)
+    if isinstance(told[0], HourLlavaError):
+        raise told[0]
+    if model is None:
+        config, tokenizer = told[0]
+        with torch.device("meta"):
+            model = HourLlavaForConditionalGeneration(config)
+        model.to_empty(device="cpu")
+        model.tie_weights()  # which `to_empty` has undone
+        model.tokenizer = tokenizer
+        _set_up(model, recipe)
     return model
 
 
@@ -191,6 +238,17 @@ def export(recipe: Training, out_dir: Path) -> None:
     with own_report():
         model.to(dtype=torch.bfloat16 if recipe.bf16 else torch.float32)  # type: ignore[call-arg]
     install(model, recipe, out_dir)
+
+
+def _set_up(model: HourLlavaForConditionalGeneration, recipe: Training) -> None:
+    """Longest input, what learns, and gradient checkpointing."""
+    decoder = model.config.text_config
+    decoder.max_position_embeddings = min(decoder.max_position_embeddings, recipe.max_length)
+    choose_parameters(model, recipe)
+    if recipe.gradient_checkpointing:
+        # Of the two names, newer releases of transformers deprecate the second.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
 
 
 def _tell_failures(data: Conversations | ShardConversations) -> None:
