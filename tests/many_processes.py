@@ -116,7 +116,8 @@ def let_deepspeed_share_little_things() -> None:
 
 
 def main(base: Path, out: Path, cases: list[str]) -> None:
-    let_deepspeed_share_little_things()
+    if any(case.startswith("zero") for case in cases):
+        let_deepspeed_share_little_things()
     join_processes()
     recipe = make_recipe(base, group_by_modality=False, max_steps=5, save_steps=2)
     for case in cases:

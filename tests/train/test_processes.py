@@ -26,8 +26,9 @@ TESTS = Path(__file__).parents[1]
 CASES = (
     *("ddp", "ddp-stopped", "ddp-accumulated", "ddp-shared", "ddp-unreadable"),
     *("fsdp2", "fsdp2-stopped", "fsdp2-accumulated"),
-    *("zero2-stopped", "zero2-accumulated", "zero3-stopped", "zero3-accumulated"),
 )
+ZERO = ("zero2-stopped", "zero2-accumulated", "zero3-stopped", "zero3-accumulated")
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="DeepSpeed is for Linux")
 Found = Callable[[str], dict[str, Any]]
 
 
@@ -42,7 +43,7 @@ def launch(base: Path, out: Path, cases: tuple[str, ...]) -> None:
 def out(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case, in one launch: starting processes is what takes the time."""
     folder = tmp_path_factory.mktemp("many")
-    launch(base, folder, (*CASES, "mixed", "text"))
+    launch(base, folder, (*CASES, *(ZERO if sys.platform == "linux" else ()), "mixed", "text"))
     return folder
 
 
@@ -74,7 +75,14 @@ def test_a_stop_of_one_process_stops_both_and_leaves_no_trace(parallel: str, fou
     assert stopped["losses"] == whole["losses"]
 
 
-@pytest.mark.parametrize(("parallel", "rel"), [("fsdp2", 1e-4), ("zero2", 1e-6), ("zero3", 1e-6)])
+@pytest.mark.parametrize(
+    ("parallel", "rel"),
+    [
+        ("fsdp2", 1e-4),
+        pytest.param("zero2", 1e-6, marks=on_linux),
+        pytest.param("zero3", 1e-6, marks=on_linux),
+    ],
+)
 @pytest.mark.parametrize("change", ["stopped", "accumulated"])
 def test_shards_train_as_copies_do(change: str, parallel: str, rel: float, found: Found, out: Path) -> None:
     copies, shards = found(f"ddp-{change}"), found(f"{parallel}-{change}")
@@ -156,6 +164,8 @@ def test_gradients_are_reduced_in_one_order_whatever_order_they_come_in(base: Pa
 def test_a_parameter_without_a_gradient_is_named(base: Path) -> None:
     model = load_model(make_recipe(base))
     in_order = InOrder(lambda p: None, model)
+    with pytest.raises(RecipeError, match="this release of DeepSpeed reduces gradients in another way"):
+        in_order.check()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and name != "model.norm.weight":
             in_order(parameter)
@@ -165,7 +175,7 @@ def test_a_parameter_without_a_gradient_is_named(base: Path) -> None:
 
 @pytest.mark.parametrize(("parallel", "processes"), [("zero2", 4), ("zero3", 2), ("ddp", 2), ("zero2", 1)])
 def test_a_checkpoint_of_processes_that_shared_otherwise(parallel: str, processes: int, out: Path) -> None:
-    (last,) = checkpoints(out / "zero2-stopped")
+    (last,) = checkpoints(out / "ddp-stopped")  # for what it tells of its processes
     check_sharing(last, "zero2", "zero2", 2)
     with pytest.raises(RecipeError, match=f"2 processes with --parallel zero2 saved it, {processes} with {parallel}"):
         check_sharing(last, parallel, "zero2", processes)

@@ -112,7 +112,7 @@ class VideoTrainer(Trainer):
         self.meter = Meter(args.device, 1 / recipe.memory_parallel)
         self._rates: dict[str, float] = {}
         self._folder: str | None = None
-        callbacks = [*callbacks, ReduceInOrder()] if uses_zero(recipe) else list(callbacks)
+        callbacks = [*callbacks, ReduceInOrder(recipe.parallel)] if uses_zero(recipe) else list(callbacks)
         super().__init__(model, args, collate, data, callbacks=callbacks)  # type: ignore[arg-type]
         self.model_accepts_loss_kwargs = False  # the loss is a mean over a batch and not over a step's tokens
 

@@ -34,7 +34,7 @@ from hourllava.train.report import Bar, Picture
 from hourllava.train.resume import SaveBeforeEnd, check_sharing, checkpoints, clear, on_sigterm
 from hourllava.train.streams import ShardConversations
 from hourllava.train.trainer import TRAINED, Conversations, VideoTrainer
-from hourllava.train.zero import deepspeed_config, join_zero, leave_zero, uses_zero
+from hourllava.train.zero import deepspeed_config, join_zero, only_this_run, uses_zero
 
 Collate = Callable[[Sequence[Any]], dict[str, Any]]
 _FINAL_PART, _SHARDS = ".model.part", "shards"
@@ -71,10 +71,8 @@ def train(
         return out_dir
     _check_packages(recipe)
     begun = _prepare_folder(recipe, out_dir)
-    try:
+    with only_this_run():
         stopped = _train(recipe, out_dir, begun, training_arguments(recipe, out_dir, accumulation), data, collate)
-    finally:
-        leave_zero()
     if stopped:
         last = checkpoints(out_dir)[-1].name
         raise StoppedError(out_dir, f"the run was asked to end; {last} is saved", "the same command goes on from it")
@@ -293,13 +291,12 @@ def _prepare_folder(recipe: Training, out_dir: Path) -> Path | None:
 
 
 def _check_packages(recipe: Training) -> None:
-    needed = {name: name for name in recipe.report_to.split(",") if name != "none"}
+    needed = {name: ("--report-to", name) for name in recipe.report_to.split(",") if name != "none"}
     if uses_zero(recipe):
-        needed["deepspeed"] = "deepspeed"
-    for name in needed:
+        needed["deepspeed"] = "--parallel", "'hourllava[zero]'"
+    for name, (flag, source) in needed.items():
         if find_spec(name) is None:
-            flag = "--parallel" if name == "deepspeed" else "--report-to"
-            raise RecipeError(flag, f"{name} is not installed", f"pip install {name}, or choose another")
+            raise RecipeError(flag, f"{name} is not installed", f"pip install {source}, or choose another")
 
 
 def _tell_failures(data: Conversations | ShardConversations) -> None:
