@@ -16,6 +16,7 @@ import torch
 from torch import distributed as dist
 from training_data import Toy, collate, make_recipe
 
+from hourllava.errors import DataError
 from hourllava.model.sharing import Share
 from hourllava.train import Training, train, training, zero
 from hourllava.train.processes import join_processes
@@ -25,18 +26,34 @@ from hourllava.train.training import load_model
 
 
 class Recorded(Toy):
-    """Keeps the numbers that were asked for; ends the last process by SIGTERM when its number `end` is taken."""
+    """Keeps the numbers that were asked for; ends the last process by SIGTERM when its number `end` is taken, or fails
+    when its number `unreadable` is.
+    """
 
-    def __init__(self, count: int, end: int = 0) -> None:
+    def __init__(self, count: int, end: int = 0, unreadable: int = 0) -> None:
         super().__init__(count, long=True)
         self.taken: list[int] = []
-        self.end = end
+        self.end, self.unreadable = end, unreadable
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         self.taken.append(number)
-        if len(self.taken) == self.end and dist.get_rank() == dist.get_world_size() - 1:
+        is_last = dist.get_rank() == dist.get_world_size() - 1
+        if len(self.taken) == self.end and is_last:
             os.kill(os.getpid(), signal.SIGTERM)
+        if len(self.taken) == self.unreadable and is_last:
+            raise DataError("film.mp4", "there is no such file", "get it")
         return super().__getitem__(number)
+
+
+def fail(recipe: Training, out: Path) -> dict[str, Any]:
+    """Train on data of which the last process cannot read its second sample; what each process tells of it."""
+    data = Recorded(24, unreadable=2)
+    told: list[Any] = [None] * dist.get_world_size()
+    try:
+        train(recipe, out, data, collate)
+    except DataError as error:
+        dist.all_gather_object(told, str(error))
+    return {"told": told}
 
 
 def run(recipe: Training, out: Path, end: int = 0) -> dict[str, Any]:
@@ -100,7 +117,8 @@ def let_deepspeed_share_little_things() -> None:
 
 
 def main(base: Path, out: Path, cases: list[str]) -> None:
-    let_deepspeed_share_little_things()
+    if any(case.startswith("zero") for case in cases):
+        let_deepspeed_share_little_things()
     join_processes()
     recipe = make_recipe(base, group_by_modality=False, max_steps=5, save_steps=2)
     for case in cases:
@@ -114,7 +132,8 @@ def main(base: Path, out: Path, cases: list[str]) -> None:
             told = replace(told, memory_parallel=2, batch_size=1)
         if change == "accumulated":
             told = replace(told, batch_size=4, max_steps=2, gradient_checkpointing=True)
-        found = run(told, out / case, end=3 if change == "stopped" else 0)
+        where = out / case
+        found = fail(told, where) if change == "unreadable" else run(told, where, end=3 if change == "stopped" else 0)
         if dist.get_rank() == 0:
             (out / f"{case}.json").write_text(json.dumps(found))
     dist.barrier()

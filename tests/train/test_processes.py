@@ -24,10 +24,11 @@ from hourllava.train.zero import InOrder
 
 TESTS = Path(__file__).parents[1]
 CASES = (
-    *("ddp", "ddp-stopped", "ddp-accumulated", "ddp-shared"),
+    *("ddp", "ddp-stopped", "ddp-accumulated", "ddp-shared", "ddp-unreadable"),
     *("fsdp2", "fsdp2-stopped", "fsdp2-accumulated"),
-    *("zero2-stopped", "zero2-accumulated", "zero3-stopped", "zero3-accumulated"),
 )
+ZERO = ("zero2-stopped", "zero2-accumulated", "zero3-stopped", "zero3-accumulated")
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="DeepSpeed is for Linux")
 Found = Callable[[str], dict[str, Any]]
 
 
@@ -42,7 +43,7 @@ def launch(base: Path, out: Path, cases: tuple[str, ...]) -> None:
 def out(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case, in one launch: starting processes is what takes the time."""
     folder = tmp_path_factory.mktemp("many")
-    launch(base, folder, (*CASES, "mixed", "text"))
+    launch(base, folder, (*CASES, *(ZERO if sys.platform == "linux" else ()), "mixed", "text"))
     return folder
 
 
@@ -60,7 +61,13 @@ def test_batches_are_as_unlike_as_they_get(found: Found) -> None:
     assert any("features" in pair and set(pair) & {"video", "image"} for pair in pairs)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_one_process_that_fails_ends_both_with_a_line(found: Found) -> None:
+    first, second = found("ddp-unreadable")["told"]
+    assert first == "this step: another process cannot go on; see what it says"
+    assert second == "film.mp4: there is no such file; get it"
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 def test_a_stop_of_one_process_stops_both_and_leaves_no_trace(parallel: str, found: Found) -> None:
     whole, stopped = found(parallel), found(f"{parallel}-stopped")
     assert stopped["stopped"] == "checkpoint-3"
@@ -68,18 +75,26 @@ def test_a_stop_of_one_process_stops_both_and_leaves_no_trace(parallel: str, fou
     assert stopped["losses"] == whole["losses"]
 
 
-@pytest.mark.parametrize(("parallel", "rel"), [("fsdp2", 1e-4), ("zero2", 1e-6), ("zero3", 1e-6)])
-def test_shards_train_as_copies_do(parallel: str, rel: float, found: Found, out: Path) -> None:
-    for change in ("", "-accumulated"):
-        copies, shards = found(f"ddp{change}"), found(f"{parallel}{change}")
-        assert shards["taken"] == copies["taken"]
-        assert shards["losses"] == pytest.approx(copies["losses"], rel=rel)
-        models = [
-            HourLlavaForConditionalGeneration.from_pretrained(out / f"{way}{change}").state_dict()
-            for way in ("ddp", parallel)
-        ]
-        for name, weight in models[0].items():
-            torch.testing.assert_close(models[1][name], weight, rtol=0, atol=2e-3)
+@pytest.mark.parametrize(
+    ("parallel", "rel"),
+    [
+        ("fsdp2", 1e-4),
+        pytest.param("zero2", 1e-6, marks=on_linux),
+        pytest.param("zero3", 1e-6, marks=on_linux),
+    ],
+)
+@pytest.mark.parametrize("change", ["stopped", "accumulated"])
+def test_shards_train_as_copies_do(change: str, parallel: str, rel: float, found: Found, out: Path) -> None:
+    copies, shards = found(f"ddp-{change}"), found(f"{parallel}-{change}")
+    assert shards["stopped"] == copies["stopped"] == ("checkpoint-3" if change == "stopped" else None)
+    assert shards["taken"] == copies["taken"]
+    assert shards["losses"] == pytest.approx(copies["losses"], rel=rel)
+    ours, theirs = (
+        HourLlavaForConditionalGeneration.from_pretrained(out / f"{way}-{change}").state_dict()
+        for way in (parallel, "ddp")
+    )
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=0, atol=2e-3)
 
 
 def test_processes_that_share_memories_are_one(base: Path, found: Found, tmp_path: Path) -> None:
@@ -149,6 +164,8 @@ def test_gradients_are_reduced_in_one_order_whatever_order_they_come_in(base: Pa
 def test_a_parameter_without_a_gradient_is_named(base: Path) -> None:
     model = load_model(make_recipe(base))
     in_order = InOrder(lambda p: None, model)
+    with pytest.raises(RecipeError, match="this release of DeepSpeed reduces gradients in another way"):
+        in_order.check()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and name != "model.norm.weight":
             in_order(parameter)
@@ -158,7 +175,7 @@ def test_a_parameter_without_a_gradient_is_named(base: Path) -> None:
 
 @pytest.mark.parametrize(("parallel", "processes"), [("zero2", 4), ("zero3", 2), ("ddp", 2), ("zero2", 1)])
 def test_a_checkpoint_of_processes_that_shared_otherwise(parallel: str, processes: int, out: Path) -> None:
-    (last,) = checkpoints(out / "zero2")
+    (last,) = checkpoints(out / "ddp-stopped")  # for what it tells of its processes
     check_sharing(last, "zero2", "zero2", 2)
     with pytest.raises(RecipeError, match=f"2 processes with --parallel zero2 saved it, {processes} with {parallel}"):
         check_sharing(last, parallel, "zero2", processes)

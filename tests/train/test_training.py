@@ -371,7 +371,10 @@ def test_data_has_to_be_named(base: Path, tmp_path: Path) -> None:
         train(make_recipe(base), tmp_path)
 
 
-def test_a_logger_that_is_not_installed(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_is_not_installed(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match="wandb is not installed; pip install wandb"):
         train(make_recipe(base, report_to="wandb"), tmp_path, Toy(4), collate)
+    monkeypatch.setattr(runs, "uses_zero", lambda recipe: True)
+    with pytest.raises(RecipeError, match=r"deepspeed is not installed; pip install 'hourllava\[zero\]'"):
+        train(make_recipe(base, parallel="zero2"), tmp_path, Toy(4), collate)

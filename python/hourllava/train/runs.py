@@ -66,13 +66,12 @@ def prepare_folder(recipe: Recipe | Training, out_dir: Path) -> Path | None:
 
 def check_packages(recipe: Training) -> None:
     """Raise RecipeError if the recipe asks for a package that is not installed."""
-    needed = {name: name for name in recipe.report_to.split(",") if name != "none"}
+    needed = {name: ("--report-to", name) for name in recipe.report_to.split(",") if name != "none"}
     if uses_zero(recipe):
-        needed["deepspeed"] = "deepspeed"
-    for name in needed:
+        needed["deepspeed"] = "--parallel", "'hourllava[zero]'"
+    for name, (flag, source) in needed.items():
         if find_spec(name) is None:
-            flag = "--parallel" if name == "deepspeed" else "--report-to"
-            raise RecipeError(flag, f"{name} is not installed", f"pip install {name}, or choose another")
+            raise RecipeError(flag, f"{name} is not installed", f"pip install {source}, or choose another")
 
 
 def go(trainer: VideoTrainer, out_dir: Path, begun: Path | None) -> None:

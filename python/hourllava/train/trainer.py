@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """transformers' Trainer for this model: rates by part, any modality on any process, whole checkpoints."""
 
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,7 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hourllava.data.sampler import GroupedSampler
-from hourllava.errors import HourLlavaError
+from hourllava.errors import DataError, HourLlavaError
 from hourllava.model import HourLlavaForConditionalGeneration
 from hourllava.model.checkpoint import own_report
 from hourllava.model.vision import count_passes
@@ -113,7 +114,7 @@ class VideoTrainer(Trainer):
         self.meter = Meter(args.device, 1 / recipe.memory_parallel)
         self._rates: dict[str, float] = {}
         self._folder: str | None = None
-        callbacks = [*callbacks, ReduceInOrder()] if uses_zero(recipe) else list(callbacks)
+        callbacks = [*callbacks, ReduceInOrder(recipe.parallel)] if uses_zero(recipe) else list(callbacks)
         super().__init__(model, args, collate, data, callbacks=callbacks)  # type: ignore[arg-type]
         self.model_accepts_loss_kwargs = False  # the loss is a mean over a batch and not over a step's tokens
 
@@ -148,12 +149,13 @@ class VideoTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of a batch; every process runs the tower as often as the one with the most to see."""
-        if "error" in inputs:
-            raise inputs["error"]
         content = inputs.get("pixel_values") or inputs.get("vision_features") or []
         modalities = inputs.get("modalities") or ["video"] * len(content)
-        passes = count_passes(content, modalities) if content else 1  # a text runs on a blank picture
-        passes = int(over_all(passes, self.args.device, dist.ReduceOp.MAX))
+        needed = count_passes(content, modalities) if content else 1  # a text runs on a blank picture
+        passes = over_all(math.inf if "error" in inputs else needed, self.args.device, dist.ReduceOp.MAX)
+        if passes == math.inf:  # told to all, or the others would wait for the one that fails
+            raise inputs.get("error") or DataError("this step", "another process cannot go on", "see what it says")
+        passes = int(passes)
         if "vision_tower" in self.recipe.trains:
             passes = max(passes, 1)  # it may not be left out of a step, even if all have features
         options: dict[str, Any] = {"forgetting_seed": self._draw_seed(), "tower_passes": passes, "use_cache": False}

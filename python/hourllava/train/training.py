@@ -31,7 +31,7 @@ from hourllava.train.resume import SaveBeforeEnd, checkpoints, on_sigterm
 from hourllava.train.runs import check_packages, go, install, is_done, prepare_folder
 from hourllava.train.streams import ShardConversations
 from hourllava.train.trainer import TRAINED, Conversations, VideoTrainer
-from hourllava.train.zero import deepspeed_config, join_zero, leave_zero, uses_zero
+from hourllava.train.zero import deepspeed_config, join_zero, only_this_run, uses_zero
 
 Collate = Callable[[Sequence[Any]], dict[str, Any]]
 _SHARDS = "shards"
@@ -63,10 +63,8 @@ def train(
         return out_dir
     check_packages(recipe)
     begun = prepare_folder(recipe, out_dir)
-    try:
+    with only_this_run():
         _train(recipe, out_dir, begun, training_arguments(recipe, out_dir, accumulation), data, collate)
-    finally:
-        leave_zero()
     if process_rank() == 0:
         export(recipe, out_dir)
     if process_count() > 1:

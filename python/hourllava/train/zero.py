@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """DeepSpeed's ZeRO-2 and ZeRO-3: the configuration, and gradients that are reduced in one order on all processes."""
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from accelerate.utils import patch_environment
 from torch import distributed as dist
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from hourllava.errors import RecipeError
 from hourllava.train.processes import process_count
 from hourllava.train.recipes import Training
 
 # What a forward pass meets first; the decoder comes after them. MemAug writes all its blocks' pages before the first
 # block runs, so the gradients of `Wkv` come after those of all blocks.
 _FORWARD = ("embed_tokens.", "image_newline", "vision_tower.", "mm_projector.", ".Wkv.", "vision_resampler.")
+
+# What DeepSpeed's hooks call with a parameter whose gradient is there.
+_HOOKS = {"zero2": "process_gradients", "zero3": "reduce_ready_partitions_and_remove_grads"}
 
 
 def uses_zero(recipe: Training) -> bool:
@@ -45,10 +50,14 @@ def join_zero() -> None:
     comm.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
 
 
-def leave_zero() -> None:
-    """Forget what a run has set up for DeepSpeed, or the next one of this process would find it."""
-    unset_hf_deepspeed_config()  # or a model that is loaded from now on is loaded in parts
-    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+@contextmanager
+def only_this_run() -> Iterator[None]:
+    """What is set up for DeepSpeed meanwhile is forgotten afterwards, or the process' next run would find it."""
+    try:
+        with patch_environment(accelerate_use_deepspeed="false"):  # accelerate changes it when it starts DeepSpeed
+            yield
+    finally:
+        unset_hf_deepspeed_config()  # or a model that is loaded from now on is loaded in parts
 
 
 class InOrder:
@@ -68,37 +77,50 @@ class InOrder:
         self.names = sorted(parameters, key=_place)[::-1]
         self.order = [id(parameters[name]) for name in self.names]
         self.turn = 0
+        self.came = False  # any gradient since the last check
         self.waiting: dict[int, tuple[Any, ...]] = {}
 
     def __call__(self, parameter: nn.Parameter, *rest: Any) -> None:
+        self.came = True
         self.waiting[id(parameter)] = (parameter, *rest)
         while self.waiting and self.order[self.turn] in self.waiting:
             self.reduce(*self.waiting.pop(self.order[self.turn]))
             self.turn = (self.turn + 1) % len(self.order)
 
     def check(self) -> None:
-        """Raise RuntimeError if gradients wait for one that did not come."""
+        """After a step.
+
+        Raises:
+            RecipeError: no gradient came this way: another release of DeepSpeed, with other hooks.
+            RuntimeError: some wait for one that did not come.
+        """
+        if not self.came:
+            why = "this release of DeepSpeed reduces gradients in another way than is known"
+            raise RecipeError("--parallel", why, "pip install 'hourllava[zero]', or choose another")
         if self.waiting:
             raise RuntimeError(f"{self.names[self.turn]} learns, and got no gradient in a backward pass")
+        self.came = False
 
 
 class ReduceInOrder(TrainerCallback):
     """Puts `InOrder` between DeepSpeed's hooks and its buckets when training begins."""
 
-    def __init__(self) -> None:
+    def __init__(self, parallel: str) -> None:
+        self.parallel = parallel
         self.in_order: InOrder | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         zero = kwargs["optimizer"].optimizer
-        name = "process_gradients"
-        if not hasattr(zero, name):  # ZeRO-3, which gathers weights as well
-            name = "reduce_ready_partitions_and_remove_grads"
-            small = zero.persistent_parameters  # gathered where they are first looked at, which is not one place
-            small[0].all_gather(small)
+        name = _HOOKS[self.parallel]
         self.in_order = InOrder(getattr(zero, name), kwargs["model"])
         setattr(zero, name, self.in_order)
+        if (
+            self.parallel == "zero3"
+        ):  # small weights are gathered where they are first looked at, which is not one place
+            small = zero.persistent_parameters
+            small[0].all_gather(small)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
