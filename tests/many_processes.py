@@ -13,31 +13,47 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import distributed as dist
 from training_data import Toy, collate, make_recipe
-from transformers import TrainingArguments
 
+from hourllava.errors import DataError
 from hourllava.model.sharing import Share
-from hourllava.train import Training, train, training
+from hourllava.train import Training, train, training, zero
 from hourllava.train.processes import join_processes
 from hourllava.train.resume import checkpoints
-from hourllava.train.training import StoppedError, load_model
+from hourllava.train.runs import StoppedError
+from hourllava.train.training import load_model
 
 
 class Recorded(Toy):
-    """Keeps the numbers that were asked for; ends the last process by SIGTERM when its number `end` is taken."""
+    """Keeps the numbers that were asked for; ends the last process by SIGTERM when its number `end` is taken, or fails
+    when its number `unreadable` is.
+    """
 
-    def __init__(self, count: int, end: int = 0) -> None:
+    def __init__(self, count: int, end: int = 0, unreadable: int = 0) -> None:
         super().__init__(count, long=True)
         self.taken: list[int] = []
-        self.end = end
+        self.end, self.unreadable = end, unreadable
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         self.taken.append(number)
-        if len(self.taken) == self.end and dist.get_rank() == dist.get_world_size() - 1:
+        is_last = dist.get_rank() == dist.get_world_size() - 1
+        if len(self.taken) == self.end and is_last:
             os.kill(os.getpid(), signal.SIGTERM)
+        if len(self.taken) == self.unreadable and is_last:
+            raise DataError("film.mp4", "there is no such file", "get it")
         return super().__getitem__(number)
+
+
+def fail(recipe: Training, out: Path) -> dict[str, Any]:
+    """Train on data of which the last process cannot read its second sample; what each process tells of it."""
+    data = Recorded(24, unreadable=2)
+    told: list[Any] = [None] * dist.get_world_size()
+    try:
+        train(recipe, out, data, collate)
+    except DataError as error:
+        dist.all_gather_object(told, str(error))
+    return {"told": told}
 
 
 def run(recipe: Training, out: Path, end: int = 0) -> dict[str, Any]:
@@ -80,16 +96,29 @@ def shared_batch(kind: str) -> dict[str, Any]:
     return {**collate([toy[n] for n in numbers]), "forgetting_seed": 5, "spatial_forgetting": "random"}
 
 
-def let_deepspeed_use_cpus() -> None:
-    """accelerate starts DeepSpeed for GPUs alone, unless it finds processes that have met already."""
-    PartialState(backend="gloo")
-    fixed = {"use_cpu": False, "accelerator_config": {"use_configured_state": True}}
-    training.TrainingArguments = lambda **told: TrainingArguments(**{**told, **fixed})  # type: ignore[misc]
+def let_deepspeed_share_little_things() -> None:
+    """Buckets and limits as small for the toy as DeepSpeed's are for a model of billions; everything over gloo."""
+    from deepspeed import ops
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False  # shared memory between CPUs, which it would compile
+    whole = zero.deepspeed_config
+
+    def little(recipe: Training) -> dict[str, Any] | None:
+        config = whole(recipe)
+        if config is not None:
+            limits = dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size"), 20_000)
+            if recipe.parallel == "zero3":
+                limits = {"reduce_bucket_size": 20_000, "stage3_max_live_parameters": 1000}
+                limits |= {"stage3_param_persistence_threshold": 1000}
+            config["zero_optimization"] |= limits
+        return config
+
+    training.deepspeed_config = little
 
 
 def main(base: Path, out: Path, cases: list[str]) -> None:
-    if cases[0].startswith("zero"):
-        let_deepspeed_use_cpus()
+    if any(case.startswith("zero") for case in cases):
+        let_deepspeed_share_little_things()
     join_processes()
     recipe = make_recipe(base, group_by_modality=False, max_steps=5, save_steps=2)
     for case in cases:
@@ -103,7 +132,8 @@ def main(base: Path, out: Path, cases: list[str]) -> None:
             told = replace(told, memory_parallel=2, batch_size=1)
         if change == "accumulated":
             told = replace(told, batch_size=4, max_steps=2, gradient_checkpointing=True)
-        found = run(told, out / case, end=3 if change == "stopped" else 0)
+        where = out / case
+        found = fail(told, where) if change == "unreadable" else run(told, where, end=3 if change == "stopped" else 0)
         if dist.get_rank() == 0:
             (out / f"{case}.json").write_text(json.dumps(found))
     dist.barrier()

@@ -7,7 +7,7 @@ import torch
 from hourllava.data.tokenizer import build_tokenizer
 from hourllava.model import HourLlavaForConditionalGeneration, tiny_config
 from hourllava.model.memaug import CrossAttention
-from hourllava.train.examples import Examples
+from hourllava.train.films import Examples
 from hourllava.train.grounding import Grounding
 from hourllava_ext import reference
 
@@ -24,7 +24,7 @@ def model() -> HourLlavaForConditionalGeneration:
 def run(model: HourLlavaForConditionalGeneration, frames: list[list[int]]) -> torch.Tensor:
     batch = Examples(build_tokenizer(), 64, seed=0).batch(8, len(frames))
     with Grounding(model, frames) as grounding:
-        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, pixel_values=batch.pixels)
+        model(**{name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")})
     return grounding.loss()
 
 

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,14 @@ from hourllava.data.samples import Sample
 from hourllava.data.shards import ShardDataset, write_shards
 from hourllava.errors import DataError, RecipeError
 from hourllava.model import HourLlavaForConditionalGeneration
-from hourllava.train import Training, train
+from hourllava.train import Training, runs, train
 from hourllava.train import training as training_module
 from hourllava.train.groups import choose_parameters, learning_rates, merge_adapters, optimizer_groups
 from hourllava.train.report import MEMORY, SECONDS, TOKENS
 from hourllava.train.resume import checkpoints
+from hourllava.train.runs import StoppedError
 from hourllava.train.streams import ShardSampler
-from hourllava.train.training import StoppedError, load_model
+from hourllava.train.training import load_model
 
 STEPS = 5
 KILL = """
@@ -51,15 +51,6 @@ base, out = map(Path, sys.argv[1:])
 torch.set_num_threads(1)
 train(make_recipe(base, save_steps=1), out, Deadly(12), collate)
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """How a busy machine's threads share a sum is not what these tests are about: bits are compared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -386,7 +377,10 @@ def test_data_has_to_be_named(base: Path, tmp_path: Path) -> None:
         train(make_recipe(base), tmp_path)
 
 
-def test_a_logger_that_is_not_installed(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_module, "find_spec", lambda name: None)
+def test_a_package_that_is_not_installed(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match="wandb is not installed; pip install wandb"):
         train(make_recipe(base, report_to="wandb"), tmp_path, Toy(4), collate)
+    monkeypatch.setattr(runs, "uses_zero", lambda recipe: True)
+    with pytest.raises(RecipeError, match=r"deepspeed is not installed; pip install 'hourllava\[zero\]'"):
+        train(make_recipe(base, parallel="zero2"), tmp_path, Toy(4), collate)

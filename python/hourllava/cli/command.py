@@ -177,7 +177,8 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "changes",
         metavar="--FIELD VALUE",
         nargs=argparse.REMAINDER,
-        help="another value for a field of the recipe; --print shows all of it and trains nothing; "
+        help="another value for a field of the recipe, or of a stage of `tiny` (--s2.grounding 0.5); --print shows all "
+        "of it and trains nothing; "
         "-o DIR, --output DIR is where to save (default: build/train/RECIPE)",
     )
     train.add_argument("-o", "--output", metavar="DIR", type=Path, help=argparse.SUPPRESS)

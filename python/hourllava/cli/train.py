@@ -2,7 +2,6 @@
 """`hourllava train`: a recipe by its name, with some of its fields changed."""
 
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 from hourllava.cli import command
@@ -21,15 +20,14 @@ def train(name: str, arguments: list[str], output: Path | None = None) -> int:
         HourLlavaError: see `hourllava.train.run`.
     """
     from hourllava.train.engine import run_recipe
-    from hourllava.train.overrides import change, find_recipe, flag, show, split_arguments
+    from hourllava.train.overrides import change, find_recipe, settings, show, shown, split_arguments
     from hourllava.train.processes import leave_processes, process_rank
-    from hourllava.train.training import StoppedError
+    from hourllava.train.runs import StoppedError
 
     recipe = find_recipe(name)
     if {"-h", "--help"} & set(arguments):
-        values = {flag(field.name): getattr(recipe, field.name) for field in fields(recipe) if field.name != "name"}
         print(f"usage: hourllava train {name} [-o DIR] [--print] [--FIELD VALUE ...]\n\nfields and their values:")
-        print("\n".join(f"  {name:24}{value}" for name, value in values.items() if name != "--stages"))
+        print("\n".join(f"  {field:24}{shown(value)}" for field, value in settings(recipe).items()))
         return command.EXIT_OK
     changes = split_arguments(["--output" if a == "-o" else a for a in arguments])
     given = changes.pop("--output", None)

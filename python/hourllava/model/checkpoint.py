@@ -15,6 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from hourllava.errors import ModelError
@@ -175,12 +176,13 @@ def read_headers(folder: Path) -> dict[str, Stored]:
     return tensors
 
 
-def copy_tensors(tensors: Mapping[str, Stored], model: nn.Module) -> None:
+def copy_tensors(tensors: Mapping[str, Stored | Tensor], model: nn.Module) -> None:
     """Copy tensors into a model's parameters of the same names, one at a time."""
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, stored in tensors.items():
-            parameters[name].copy_(stored.read())
+        for name, tensor in tensors.items():
+            with _whole(parameters[name]):
+                parameters[name].copy_(tensor.read() if isinstance(tensor, Stored) else tensor)
 
 
 @contextmanager
@@ -195,6 +197,18 @@ def own_report() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def _whole(parameter: nn.Parameter) -> Iterator[None]:
+    """Meanwhile every process has the whole of a parameter that ZeRO-3 has spread, and the first one's stays."""
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        yield
 
 
 def _check_file(path: Path) -> None:

@@ -72,10 +72,12 @@ class HourLlavaModel(Qwen2Model):
                 features[index] = features[index].to(self.image_newline)
                 if grid and features[index].shape[1] > grid**2:
                     features[index] = ext.pool_grid(features[index], grid)
-        rows = self.mm_projector(torch.cat([feature.flatten(0, 1) for feature in features]))
+        rows = torch.cat([feature.flatten(0, 1) for feature in features])
         missing = passes - count_passes([v.content for v in visuals], [v.modality for v in visuals])
         if missing > 0 and self.vision_tower is not None:
+            # Before the projector, where the other processes' runs are: weights in shards are gathered in one order.
             rows = rows + blank.tower_runs(self.vision_tower, missing)
+        rows = self.mm_projector(rows)
         tokens = rows.split([feature.shape[0] * feature.shape[1] for feature in features])
         return [(f, t.view(*f.shape[:2], -1)) for f, t in zip(features, tokens, strict=True)]
 

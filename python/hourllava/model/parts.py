@@ -31,8 +31,9 @@ def parts_table(model: nn.Module, rates: Mapping[str, float] | None = None) -> s
         if ".lora_" in name:
             part = f"LoRA in {part}"
         row = rows.setdefault(part, [0, 0])
-        row[0] += parameter.numel()
-        row[1] += parameter.numel() * parameter.requires_grad
+        count = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves each process a part of it
+        row[0] += count
+        row[1] += count * parameter.requires_grad
         if rates and name in rates:
             shown.setdefault(part, set()).add(rates[name])
     rows["all"] = [sum(column) for column in zip(*rows.values(), strict=True)]

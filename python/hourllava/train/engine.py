@@ -1,31 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a recipe: build the model, go through its stages, save after each, and leave a directory that `ask` can open."""
+"""Run a recipe: one of the paper's stages, or `tiny`, whose stages are trainings on films that follow each other."""
 
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase, get_cosine_with_min_lr_schedule_with_warmup
+from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from hourllava.data.tokenizer import build_tokenizer
 from hourllava.errors import RecipeError
 from hourllava.model import HourLlavaForConditionalGeneration
+from hourllava.model.checkpoint import copy_tensors
 from hourllava.model.configuration import tiny_config
-from hourllava.train.examples import Batch, Examples
-from hourllava.train.grounding import Grounding
-from hourllava.train.overrides import RECIPE_FILE, find_recipe, show
-from hourllava.train.recipes import PARTS, Recipe, Stage, Training
-from hourllava.train.tower import pretrain_tower
-from hourllava.train.training import train
+from hourllava.model.parts import parts_table
+from hourllava.train.film_trainer import Batches, FilmTrainer, Objective, answer_questions
+from hourllava.train.films import Lessons
+from hourllava.train.groups import choose_parameters, learning_rates
+from hourllava.train.overrides import find_recipe
+from hourllava.train.processes import join_processes, process_count
+from hourllava.train.recipes import Recipe, Training
+from hourllava.train.report import PICTURE, Picture, draw
+from hourllava.train.resume import SaveBeforeEnd, checkpoints, on_sigterm
+from hourllava.train.runs import GO_ON, StoppedError, check_packages, go, install, is_done, prepare_folder
+from hourllava.train.tower import LabelledFrames, add_naming, finish_tower, name_frames
+from hourllava.train.trainer import TRAINED
+from hourllava.train.training import train, training_arguments
+
+TOWER = "tower"  # the stage before the recipe's own
+_TOWER_RATE = 2e-3
+_LAST_RATE = 0.05  # of the highest
+
+
+@dataclass(frozen=True)
+class _Course:
+    """What a stage comes to: a training, with its model, data, and what is learned from them."""
+
+    training: Training
+    warmup_steps: int
+    model: HourLlavaForConditionalGeneration
+    batches: Batches
+    objective: Objective
+    finish: Callable[[], None] = lambda: None
 
 
 def run(recipe_name: str, out_dir: str | Path) -> Path:
-    """Train ``recipe_name`` into ``out_dir``; stages that are already there are not repeated.
+    """Train ``recipe_name`` into ``out_dir``; a run that was begun there goes on.
 
     Raises:
-        RecipeError: there is no such recipe, or ``out_dir`` cannot be written.
+        RecipeError: there is no such recipe, or ``out_dir`` cannot be written or belongs to another one.
+        StoppedError: SIGTERM came; the last step is saved.
     """
     return run_recipe(find_recipe(recipe_name), Path(out_dir))
 
@@ -34,30 +62,44 @@ def run_recipe(recipe: Recipe | Training, out_dir: Path) -> Path:
     """Train by a recipe into ``out_dir``; see `run`, and `training.train` for one of the paper's stages."""
     if isinstance(recipe, Training):
         return train(recipe, out_dir)
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        (out_dir / RECIPE_FILE).write_text(show(recipe))
-    except OSError as error:
-        raise RecipeError(f"output {out_dir}", f"it cannot be written ({error.strerror})", "give another -o") from error
-    tokenizer = build_tokenizer()
-    model: HourLlavaForConditionalGeneration | None = None
-    for number, stage in enumerate(recipe.stages):
-        done = out_dir / stage.name
-        if (done / "model.safetensors").exists():
-            model = HourLlavaForConditionalGeneration.from_pretrained(done)
-            continue
-        model = _new_model(recipe, tokenizer) if model is None else model
-        train_stage(model, tokenizer, stage, seed=recipe.seed + number)
-        model.save_pretrained(done)
-    assert model is not None  # every recipe has a stage
-    model.save_pretrained(out_dir)
-    tokenizer.save_pretrained(out_dir)
+    join_processes()
+    if process_count() > 1:
+        raise RecipeError(f"recipe {recipe.name}", "its stages run on one process", "start it without torchrun")
+    if is_done(recipe, out_dir):
+        return out_dir
+    folders = [out_dir / name for name in (TOWER, *(stage.name for stage in recipe.stages))]
+    with on_sigterm() as asked:
+        for number, folder in enumerate(folders):
+            if not is_done(recipe.until(number), folder):
+                course = _stage(recipe, number, folders[number - 1]) if number else _tower(recipe)
+                _run_stage(course, recipe.until(number), folder, SaveBeforeEnd(asked))
+            if asked.is_set():
+                raise StoppedError(out_dir, f"the run was asked to end; stage {folder.name} is saved", GO_ON)
+    _draw_stages(folders, out_dir / PICTURE)
+    install(HourLlavaForConditionalGeneration.from_pretrained(folders[-1]), recipe, out_dir)
     return out_dir
 
 
-def _new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> HourLlavaForConditionalGeneration:
-    """A model from scratch whose tower has been pre-trained."""
+def _run_stage(course: _Course, told: Recipe, folder: Path, save_before_end: SaveBeforeEnd) -> None:
+    """Train into a folder of the stage's own; `told` is the recipe up to here."""
+    begun = prepare_folder(told, folder)
+    check_packages(course.training)
+    choose_parameters(course.model, course.training)
+    if begun is not None:
+        copy_tensors(load_file(begun / TRAINED), course.model)
+    print(parts_table(course.model, learning_rates(course.model, course.training)), file=sys.stderr)
+    args = _arguments(course, folder)
+    callbacks = (save_before_end, Picture())
+    trainer = FilmTrainer(course.model, course.training, args, course.batches, course.objective, callbacks, told)
+    go(trainer, folder, begun)
+    course.finish()
+    install(course.model, told, folder)
+
+
+def _tower(recipe: Recipe) -> _Course:
+    """A model from scratch, whose tower learns to name what it sees."""
     torch.manual_seed(recipe.seed)
+    tokenizer = build_tokenizer()
     config = tiny_config(
         vocab_size=len(tokenizer),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
@@ -66,80 +108,63 @@ def _new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> HourLlavaF
     config.text_config.eos_token_id = tokenizer.eos_token_id
     config.text_config.pad_token_id = tokenizer.pad_token_id
     model = HourLlavaForConditionalGeneration(config)
+    model.tokenizer = tokenizer
     with torch.no_grad():  # words as loud as visual tokens: a faint question is drowned in MemAug's query stream
         model.model.embed_tokens.weight.div_(config.text_config.initializer_range)
-    pretrain_tower(model.model.vision_tower, recipe.tower_steps, config.vision_config.image_size)
-    return model
+    tower, steps = model.model.vision_tower, recipe.tower_steps
+    add_naming(tower)
+    frames = LabelledFrames(steps, config.vision_config.image_size)
+    training = _training(recipe, TOWER, ("vision_tower",), _TOWER_RATE, 1.0, steps, recipe.seed)
+    finish = lambda: finish_tower(tower, frames[steps - 1]["pixels"])  # noqa: E731
+    return _Course(training, min(50, steps), model, frames, name_frames, finish)
 
 
-def train_stage(
-    model: HourLlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, stage: Stage, seed: int
-) -> list[float]:
-    """Train the stage's parts through its lessons; returns the loss of every step."""
-    torch.manual_seed(seed)
-    groups = select_parts(model, stage.trains)
-    rates = {part: stage.learning_rate * (stage.tower_rate if part == "vision_tower" else 1.0) for part in groups}
-    optimizer = torch.optim.AdamW([{"params": p, "lr": rates[part]} for part, p in groups.items()], weight_decay=0.0)
-    parameters = [parameter for group in groups.values() for parameter in group]
-    schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, stage.warmup_steps, stage.steps, min_lr_rate=0.05)
-    size, first = model.config.vision_config.image_size, (seed + 1) * 10_000_000
-    examples = Examples(tokenizer, size, seed, first, stage.event_weight, stage.film_size)
-    losses = []
-    model.train()
-    for lesson in stage.lessons:
-        progress = tqdm(range(lesson.steps), f"{stage.name}: {lesson.seconds} s", unit="step")
-        hits: list[float] = []
-        for _ in progress:
-            batch = examples.batch(lesson.seconds, lesson.batch)
-            loss, right = train_step(model, batch, stage)
-            _update(parameters, optimizer, schedule, loss)
-            losses.append(loss.item())
-            hits.append(right)
-            progress.set_postfix(loss=f"{losses[-1]:.3f}", right=f"{sum(hits[-20:]) / len(hits[-20:]):.2f}")
-    model.eval()
-    return losses
+def _stage(recipe: Recipe, number: int, start: Path) -> _Course:
+    """What the recipe's stage ``number``, from 1 on, does with the model that ``start`` holds."""
+    stage, seed = recipe.stages[number - 1], recipe.seed + number - 1
+    model = HourLlavaForConditionalGeneration.from_pretrained(start)
+    lessons = Lessons(stage, model.tokenizer, model.config.vision_config.image_size, seed)
+    rates = stage.learning_rate, stage.tower_rate
+    training = _training(recipe, stage.name, stage.trains, *rates, stage.steps, seed)
+    return _Course(training, stage.warmup_steps, model, lessons, partial(answer_questions, stage=stage))
 
 
-def train_step(model: HourLlavaForConditionalGeneration, batch: Batch, stage: Stage) -> tuple[Tensor, float]:
-    """Loss of a batch, and the share of its answers whose first token is predicted right."""
-    with Grounding(model, batch.answer_frames) as grounding:
-        output = model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            labels=batch.labels,
-            pixel_values=batch.pixels,
-            memaug=stage.memaug,
-        )
-    return output.loss + stage.grounding * grounding.loss(), _answers_right(output.logits, batch)
+def _training(
+    recipe: Recipe, name: str, trains: tuple[str, ...], rate: float, tower_rate: float, steps: int, seed: int
+) -> Training:
+    """A stage in the words of the paper's; a sample of its data is the batch of a step."""
+    return Training(
+        name=f"{recipe.name} {name}",
+        model="",
+        trains=trains,
+        learning_rate=rate,
+        tower_rate=rate * tower_rate,
+        projector_rate=rate,
+        resampler_rate=rate,
+        batch_size=1,
+        max_steps=steps,
+        schedule="cosine_with_min_lr",
+        bf16=False,
+        gradient_checkpointing=False,
+        parallel="ddp",
+        save_steps=recipe.save_steps,
+        report_to=recipe.report_to,
+        seed=seed,
+    )
 
 
-def select_parts(model: nn.Module, names: tuple[str, ...]) -> dict[str, list[nn.Parameter]]:
-    """Make exactly the named parts trainable and return the parameters of each."""
-    chosen: dict[str, list[nn.Parameter]] = {name: [] for name in names}
-    for name, parameter in model.named_parameters():
-        part = next(part for part, prefix in PARTS.items() if name.startswith(prefix))
-        parameter.requires_grad_(part in names)
-        if part in names:
-            chosen[part].append(parameter)
-    return chosen
+def _arguments(course: _Course, folder: Path) -> TrainingArguments:
+    args = training_arguments(course.training, folder, 1)
+    args.warmup_steps = course.warmup_steps
+    args.lr_scheduler_kwargs = {"min_lr_rate": _LAST_RATE}
+    return args
 
 
-def _update(
-    parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, schedule: LRScheduler | LambdaLR, loss: Tensor
-) -> None:
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.step()
-    schedule.step()
-
-
-def _answers_right(logits: Tensor, batch: Batch) -> float:
-    """Share of answers' first tokens that are predicted right; they follow the assistant's header."""
-    # The answer follows the header <|im_start|>, role, newline of the last turn, which is the assistant's.
-    column = (batch.input_ids == batch.input_ids[0, 0]).int().cumsum(1).argmax(1) + 3
-    sample = torch.arange(len(column))
-    # All videos of a batch have the same length and stand before the answers: they shift all columns alike.
-    shift = logits.shape[1] - batch.input_ids.shape[1]
-    predicted = logits[sample, column - 1 + shift].argmax(-1)
-    return (predicted == batch.input_ids[sample, column]).float().mean().item()
+def _draw_stages(folders: list[Path], path: Path) -> None:
+    """One picture of all stages, one after the other."""
+    history: list[dict[str, float]] = []
+    for folder in folders:
+        done = history[-1]["step"] if history else 0
+        state = json.loads((checkpoints(folder)[-1] / "trainer_state.json").read_text())
+        history += [{**entry, "step": done + entry["step"]} for entry in state["log_history"] if "loss" in entry]
+    draw(history, path)

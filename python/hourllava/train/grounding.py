@@ -46,7 +46,7 @@ class Grounding:
         x, stream, inv_freq, pages, _ = inputs
         assert isinstance(attention, CrossAttention)
         targets = self._target_pages(pages.page_table)
-        wanted = (targets >= 0).any(1).repeat_interleave(torch.tensor(stream.lengths))
+        wanted = (targets >= 0).any(1).repeat_interleave(torch.tensor(stream.lengths, device=targets.device))
         if not bool(wanted.any()):
             return
         query = attention.Wq(x).view(len(x), -1, attention.head_dim)
@@ -61,5 +61,5 @@ class Grounding:
             (visual_slots(torch.tensor(f, dtype=torch.int64), self.per_frame) // PAGE_SIZE).unique()
             for f in self.frames
         ]
-        padded = nn.utils.rnn.pad_sequence(columns, batch_first=True, padding_value=-1)
+        padded = nn.utils.rnn.pad_sequence(columns, batch_first=True, padding_value=-1).to(page_table.device)
         return torch.where(padded < 0, -1, page_table.gather(1, padded.clamp(min=0))).to(torch.int32)

@@ -55,7 +55,8 @@ def optimizer_groups(model: nn.Module, recipe: Training) -> list[dict[str, Any]]
     for name, parameter in model.named_parameters():
         if name not in rates:
             continue
-        key = part_of(name), parameter.dim() > 1 and "norm" not in name
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves each process a part of it
+        key = part_of(name), len(shape) > 1 and "norm" not in name
         decay = recipe.weight_decay if key[1] else 0.0
         empty = {"params": [], "lr": rates[name], "weight_decay": decay, "name": key[0]}
         groups.setdefault(key, empty)["params"].append(parameter)

@@ -3,13 +3,13 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, fields, replace
+from dataclasses import MISSING, Field, asdict, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
 from hourllava.errors import RecipeError
-from hourllava.train.recipes import PARTS, RECIPES, Recipe, Training
+from hourllava.train.recipes import PARTS, RECIPES, Lesson, Recipe, Stage, Training
 
 RECIPE_FILE = "recipe.json"
 CHOICES = {
@@ -20,10 +20,14 @@ CHOICES = {
     "trains": tuple(PARTS),
 }
 # Fields that may differ from those of the checkpoint that a run goes on from.
-FREE = {"workers", "failure_limit", "save_steps", "keep", "report_to", "parallel"}
+FREE = {"--workers", "--failure-limit", "--save-steps", "--keep", "--report-to", "--parallel"}
+_FROM_ONE = {"batch_size", "batch_per_device", "memory_parallel", "save_steps", "keep", "tower_steps", "event_weight"}
+_FROM_ONE |= {"film_size"}
+_LISTED = 5  # fields that a line names at most
 _TRUE, _FALSE = ("true", "yes", "1"), ("false", "no", "0")
 
 Kind = TypeVar("Kind", bound=Recipe | Training)
+Made = TypeVar("Made")
 
 
 def find_recipe(name: str) -> Recipe | Training:
@@ -42,21 +46,41 @@ def change(recipe: Kind, changes: dict[str, str]) -> Kind:
     """The recipe with other values in some of its fields.
 
     Args:
-        changes: by the field's name, with dashes or underscores, what the command line gives.
+        changes: by the field's name, with dashes or underscores, what the command line gives; `settings` has the names.
 
     Raises:
         RecipeError: there is no such field, or the value does not fit it.
     """
-    known = {field.name: field.type for field in fields(recipe) if field.name not in ("name", "stages")}
-    values = {}
+    known = _known(recipe)
+    values: dict[int, dict[str, Any]] = {}
     for given, text in changes.items():
-        name = given.lstrip("-").replace("-", "_")
+        name = flag(given.lstrip("-"))
         if name not in known:
             why = f"recipe {recipe.name} has no such field"
-            flags = {flag(field): field for field in known}
-            raise RecipeError(flag(name), why + _nearest(flag(name), flags), "see them all with --print")
-        values[name] = _value(name, str(known[name]), text)
-    return replace(recipe, **values)
+            raise RecipeError(name, why + _nearest(name, known), "see them all with --print")
+        owner, field = known[name]
+        values.setdefault(id(owner), {})[field.name] = _value(name, field, text)
+    own: dict[str, Any] = values.get(id(recipe), {})
+    if isinstance(recipe, Recipe):
+        own["stages"] = tuple(replace(stage, **values.get(id(stage), {})) for stage in recipe.stages)
+    return replace(recipe, **own)
+
+
+def settings(recipe: Recipe | Training) -> dict[str, Any]:
+    """The value of everything that can be changed, by its flag; those of stages look like `--s2.grounding`."""
+    return {name: getattr(owner, field.name) for name, (owner, field) in _known(recipe).items()}
+
+
+def _known(recipe: Recipe | Training) -> dict[str, tuple[Recipe | Training | Stage, Field]]:
+    owners: list[tuple[str, Recipe | Training | Stage]] = [("", recipe)]
+    if isinstance(recipe, Recipe):
+        owners += [(f"{stage.name}.", stage) for stage in recipe.stages]
+    return {
+        flag(prefix + field.name): (owner, field)
+        for prefix, owner in owners
+        for field in fields(owner)
+        if field.name not in ("name", "stages")
+    }
 
 
 def split_arguments(arguments: Sequence[str]) -> dict[str, str]:
@@ -89,7 +113,7 @@ def show(recipe: Recipe | Training) -> str:
     return json.dumps(asdict(recipe), indent=2)
 
 
-def load_recipe(path: Path) -> Training:
+def load_recipe(path: Path) -> Recipe | Training:
     """A recipe that was saved.
 
     Raises:
@@ -99,47 +123,86 @@ def load_recipe(path: Path) -> Training:
         told = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise RecipeError(path, f"it cannot be read ({error})", "start again in another folder") from error
-    names = {field.name for field in fields(Training)}
-    needed = {field.name for field in fields(Training) if field.default is MISSING}
-    wrong = sorted(set(told) - names | needed - set(told)) if isinstance(told, dict) else ["a JSON object"]
-    if wrong:
-        what = f"it does not hold what this version knows as a recipe ({', '.join(wrong)})"
-        raise RecipeError(path, what, "start again in another folder")
-    return Training(**{**told, "trains": tuple(told["trains"])})
-
-
-def check_same(recipe: Training, saved: Training, where: Path) -> None:
-    """Raise RecipeError if a run by `saved` cannot be gone on with by `recipe`."""
-    now, before = asdict(recipe), asdict(saved)
-    other = [name for name in now if now[name] != before[name] and name not in FREE]
-    if other:
-        differs = ", ".join(f"{flag(name)} was {before[name]} and is {now[name]}" for name in other)
-        raise RecipeError(where, f"it was begun by another recipe: {differs}", "give the same values, or another -o")
-
-
-def _value(name: str, kind: str, text: str) -> Any:
-    """`text` as a field's type, which is named as the source names it."""
     try:
-        if kind.startswith("tuple"):
-            value: Any = tuple(part.strip() for part in text.split(",") if part.strip())
+        return _made(Recipe, told) if "stages" in told else _made(Training, told)
+    except (TypeError, ValueError) as error:
+        what = f"it does not hold what this version knows as a recipe ({error})"
+        raise RecipeError(path, what, "start again in another folder") from error
+
+
+def check_same(recipe: Recipe | Training, saved: Recipe | Training, where: Path) -> None:
+    """Raise RecipeError if a run by `saved` cannot be gone on with by `recipe`."""
+    now, before = ({"the name": one.name, **settings(one)} for one in (recipe, saved))
+    other = [name for name in now | before if now.get(name) != before.get(name) and name not in FREE]
+    if other:
+        differs = ", ".join(f"{name} was {shown(before.get(name))} and is {shown(now.get(name))}" for name in other[:5])
+        more = f", and {len(other) - 5} more" if len(other) > 5 else ""
+        raise RecipeError(
+            where, f"it was begun by another recipe: {differs}{more}", "give the same values, or another -o"
+        )
+
+
+def shown(value: Any) -> str:
+    """A field's value as the command line takes it."""
+    if isinstance(value, tuple):
+        return ",".join(map(shown, value))
+    return f"{value.seconds}x{value.steps}x{value.batch}" if isinstance(value, Lesson) else str(value)
+
+
+def _made(kind: type[Made], told: Any) -> Made:
+    """A dataclass of what JSON tells; a ValueError names the fields that are missing or unknown."""
+    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    needed = {field.name for field in fields(kind) if field.default is MISSING}  # type: ignore[arg-type]
+    wrong = sorted(set(told) - known | needed - set(told)) if isinstance(told, dict) else ["no JSON object"]
+    if wrong:
+        raise ValueError(", ".join(wrong))
+    parts = {"stages": Stage, "lessons": Lesson}
+    values = {
+        name: tuple(_made(parts[name], one) if name in parts else one for one in value)
+        if isinstance(value, list)
+        else value
+        for name, value in told.items()
+    }
+    return kind(**values)
+
+
+def _value(name: str, field: Field, text: str) -> Any:
+    """`text` as a field's type, which is named as the source names it; `name`: the flag it is given by."""
+    kind = str(field.type)
+    listed = [part.strip() for part in text.split(",") if part.strip()]
+    try:
+        if "Lesson" in kind:
+            value: Any = tuple(_lesson(part) for part in listed)
+        elif kind.startswith("tuple"):
+            value = tuple(listed)
         elif "bool" in kind:
             if text.lower() not in (*_TRUE, *_FALSE):
                 raise ValueError
-            return text.lower() in _TRUE
+            value = text.lower() in _TRUE
         else:
             value = int(text) if "int" in kind else float(text) if "float" in kind else text
-    except ValueError as error:
-        wanted = {"b": "true or false", "i": "a whole number", "f": "a number"}[kind.replace("<class '", "")[0]]
-        raise RecipeError(flag(name), f"{text!r} does not fit", f"give {wanted}") from error
+    except (TypeError, ValueError) as error:
+        wanted = {"b": "true or false", "i": "a whole number", "f": "a number", "t": "SECONDSxSTEPSxBATCH, by commas"}
+        first = kind.replace("<class '", "")[0]
+        raise RecipeError(name, f"{text!r} does not fit", f"give {wanted[first]}") from error
+    if value == ():
+        raise RecipeError(name, "it names nothing", "name some, by commas")
     if isinstance(value, int | float) and not value >= 0:
-        raise RecipeError(flag(name), f"{text} is below zero", "give a number from 0 on")
-    if name in ("batch_size", "batch_per_device", "memory_parallel", "save_steps", "keep") and value < 1:
-        raise RecipeError(flag(name), f"{text} is none at all", "give a whole number above 0")
+        raise RecipeError(name, f"{text} is below zero", "give a number from 0 on")
+    if field.name in _FROM_ONE and value < 1:
+        raise RecipeError(name, f"{text} is none at all", "give a whole number above 0")
     for chosen in value if isinstance(value, tuple) else (value,):
-        if name in CHOICES and chosen not in CHOICES[name]:
-            why = f"there is no {chosen!r}" + _nearest(chosen, CHOICES[name])
-            raise RecipeError(flag(name), why, f"choose from {', '.join(CHOICES[name])}")
+        if field.name in CHOICES and chosen not in CHOICES[field.name]:
+            why = f"there is no {chosen!r}" + _nearest(chosen, CHOICES[field.name])
+            raise RecipeError(name, why, f"choose from {', '.join(CHOICES[field.name])}")
     return value
+
+
+def _lesson(text: str) -> Lesson:
+    lesson = Lesson(*map(int, text.split("x")))
+    if min(lesson.seconds, lesson.steps, lesson.batch) < 1:
+        raise ValueError
+    return lesson
 
 
 def _nearest(name: str, known: Any) -> str:

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
@@ -65,21 +66,6 @@ def memory_group(recipe: Training) -> dist.ProcessGroup | None:
     return mine
 
 
-def deepspeed_config(recipe: Training) -> dict[str, Any] | None:
-    """The paper's ZeRO-2 (SPEC C.8), or ZeRO-3; None for other ways to share. Trainer fills in what is "auto"."""
-    if recipe.parallel not in ("zero2", "zero3") or process_count() == 1:
-        return None
-    zero: dict[str, Any] = {"stage": 2, "overlap_comm": False, "contiguous_gradients": True}
-    zero |= {"allgather_bucket_size": 200_000_000, "reduce_bucket_size": 200_000_000}
-    if recipe.parallel == "zero3":
-        zero = {"stage": 3, "overlap_comm": False, "contiguous_gradients": True, "sub_group_size": 1_000_000}
-        zero |= {"reduce_bucket_size": 50_000_000, "stage3_prefetch_bucket_size": 0}
-        zero |= {"stage3_param_persistence_threshold": 10_000_000, "stage3_max_live_parameters": 1_000_000}
-        zero |= {"stage3_gather_16bit_weights_on_model_save": True}
-    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    return {"zero_optimization": zero, "bf16": {"enabled": "auto"}, **dict.fromkeys(names, "auto")}
-
-
 class Sharded(nn.Module):
     """A model whose weights, gradients and optimizer states lie in shards on all processes (FSDP2).
 
@@ -105,12 +91,21 @@ class Sharded(nn.Module):
 
 
 def shard(model: HourLlavaForConditionalGeneration, recipe: Training, device: torch.device) -> None:
-    """Spread the model over all processes, in place; computes in bfloat16 and sums gradients in float32 with `bf16`."""
+    """Spread the first process' model over all, in place; with `bf16` it computes in bfloat16, and sums in float32.
+
+    Args:
+        model: of the same parameters on every process; what the others' hold does not matter.
+    """
+    weights = model.state_dict() if process_rank() == 0 else {}
     mesh = init_device_mesh(device.type, (process_count(),))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if recipe.bf16 else MixedPrecisionPolicy()
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, weights, options=options)
+    for buffer in model.buffers():
+        dist.broadcast(buffer, 0)
 
 
 def whole_weights(model: nn.Module) -> dict[str, Any]:

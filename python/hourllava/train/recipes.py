@@ -52,6 +52,12 @@ class Recipe:
     stages: tuple[Stage, ...]
     tower_steps: int
     seed: int = 0
+    save_steps: int = 25
+    report_to: str = "tensorboard"  # and "wandb", by commas; "none"
+
+    def until(self, count: int) -> "Recipe":
+        """What the model after so many stages depends on; after none, its tower is trained."""
+        return replace(self, stages=self.stages[:count])
 
 
 def tiny() -> Recipe:

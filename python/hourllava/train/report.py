@@ -15,6 +15,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from hourllava.train.processes import over_all
 
 TOKENS, SECONDS, MEMORY = "tokens_per_second", "video_seconds_per_second", "peak_memory_gib"
+RIGHT = "right"  # share of answers, or names, that a batch of films gets right
 PICTURE = "training.png"
 _PANELS = {
     "loss": "loss",
@@ -53,7 +54,14 @@ class Meter:
 
 
 class Bar(ProgressCallback):
-    """The Trainer's bar, with the last loss in it rather than a line for every step."""
+    """The Trainer's bar, with the run's name and the last loss in it rather than a line for every step."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(args.run_name)
 
     def on_log(
         self,
@@ -65,16 +73,19 @@ class Bar(ProgressCallback):
     ) -> None:
         if self.training_bar is not None and logs and "loss" in logs:
             shown = {"loss": f"{logs['loss']:.3f}", "tokens/s": f"{logs.get(TOKENS, 0):.0f}"}
+            if RIGHT in logs:
+                shown[RIGHT] = f"{logs[RIGHT]:.2f}"
             self.training_bar.set_postfix(shown)
 
 
 class Picture(TrainerCallback):
-    """Draws the run into its folder when it ends, from its first step on even if it was interrupted between."""
+    """Draws the run into its folder after its last step, from the first on even if it was interrupted between."""
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.is_world_process_zero and args.output_dir is not None:
+        whole = state.global_step >= state.max_steps  # a run that was asked to end has no time for it
+        if whole and state.is_world_process_zero and args.output_dir is not None:
             draw(state.log_history, Path(args.output_dir) / PICTURE)
 
 
@@ -93,9 +104,12 @@ def draw(history: Sequence[dict[str, float]], path: Path) -> None:
         axes.plot(steps, [entry.get(name, float("nan")) for entry in entries], color=_INK, linewidth=1.2)
         axes.set_ylabel(title, fontsize=8)
         axes.tick_params(labelsize=8)
+        if name in (TOKENS, SECONDS, MEMORY):
+            axes.set_ylim(bottom=0)  # what is measured from nothing; a loss or a rate is not
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     rows[-1].set_xlabel("step")
+    figure.align_ylabels()
     figure.savefig(path, format="png")
 
 

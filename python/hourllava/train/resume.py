@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -28,6 +27,22 @@ def checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
     found = [path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def check_sharing(checkpoint: Path, parallel: str, saved: str, processes: int) -> None:
+    """Whether so many processes that share the work by `parallel` can read a checkpoint's optimizer.
+
+    Args:
+        saved: how the processes shared that saved it.
+
+    Raises:
+        RecipeError: they cannot.
+    """
+    before = len(list(checkpoint.glob("rng_state*.pth")))  # each process has saved its own
+    ways = ["ddp" if number == 1 else way for way, number in ((saved, before), (parallel, processes))]
+    if ways[0] != ways[1] or (ways[0].startswith("zero") and before != processes):
+        why = f"{before} processes with --parallel {saved} saved it, {processes} with {parallel} cannot read all of it"
+        raise RecipeError(checkpoint, why, "go on as it was begun, or start in another folder")
 
 
 def commit(part: Path, folder: Path, keep: int) -> None:
@@ -87,14 +102,6 @@ class SaveBeforeEnd(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if over_all(float(self.asked.is_set()), args.device, dist.ReduceOp.MAX) and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = self.stopped = True
-
-
-def load_trained(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Put weights of some parameters back, each under its own name."""
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, weight in weights.items():
-            parameters[name].copy_(weight)
 
 
 def _flush(path: Path) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """transformers' Trainer for this model: rates by part, any modality on any process, whole checkpoints."""
 
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from hourllava.data.sampler import GroupedSampler
 from hourllava.data.shards import ShardDataset
-from hourllava.errors import HourLlavaError
+from hourllava.errors import DataError, HourLlavaError
 from hourllava.model import HourLlavaForConditionalGeneration
 from hourllava.model.checkpoint import own_report
 from hourllava.model.vision import count_passes
@@ -34,12 +35,13 @@ from hourllava.train.processes import (
     save_sharded,
     whole_weights,
 )
-from hourllava.train.recipes import Training
+from hourllava.train.recipes import Recipe, Training
 from hourllava.train.report import Meter
 from hourllava.train.resume import PART, commit, failed_save
 from hourllava.train.streams import ShardSampler
+from hourllava.train.zero import ReduceInOrder, uses_zero
 
-TRAINED = "trained.safetensors"  # with LoRA: adapters and the other parts that learn
+TRAINED = "trained.safetensors"  # what learns, where that is all of a checkpoint: with LoRA, adapters and other parts
 _SEEDS = 1 << 40  # forgetting seeds of a run, one for each batch of each process
 
 
@@ -106,12 +108,15 @@ class VideoTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.recipe, self.network, self.samples = recipe, model, data
+        self.told: Recipe | Training = recipe  # beside every checkpoint
+        self.saves_part = bool(recipe.lora_rank)  # checkpoints hold what learns, and nothing of the rest
         self.memory_group = memory_group(recipe)
         self.taken = (0, 0)  # optimizer steps that are done, and batches that this process has taken since
         self.meter = Meter(args.device, 1 / recipe.memory_parallel)
         self._rates: dict[str, float] = {}
         self._folder: str | None = None
-        super().__init__(model, args, collate, data, callbacks=list(callbacks))  # type: ignore[arg-type]
+        callbacks = [*callbacks, ReduceInOrder(recipe.parallel)] if uses_zero(recipe) else list(callbacks)
+        super().__init__(model, args, collate, data, callbacks=callbacks)  # type: ignore[arg-type]
         self.model_accepts_loss_kwargs = False  # the loss is a mean over a batch and not over a step's tokens
 
     def get_train_dataloader(self) -> DataLoader:
@@ -145,12 +150,13 @@ class VideoTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of a batch; every process runs the tower as often as the one with the most to see."""
-        if "error" in inputs:
-            raise inputs["error"]
         content = inputs.get("pixel_values") or inputs.get("vision_features") or []
         modalities = inputs.get("modalities") or ["video"] * len(content)
-        passes = count_passes(content, modalities) if content else 1  # a text runs on a blank picture
-        passes = int(over_all(passes, self.args.device, dist.ReduceOp.MAX))
+        needed = count_passes(content, modalities) if content else 1  # a text runs on a blank picture
+        passes = over_all(math.inf if "error" in inputs else needed, self.args.device, dist.ReduceOp.MAX)
+        if passes == math.inf:  # told to all, or the others would wait for the one that fails
+            raise inputs.get("error") or DataError("this step", "another process cannot go on", "see what it says")
+        passes = int(passes)
         if "vision_tower" in self.recipe.trains:
             passes = max(passes, 1)  # it may not be left out of a step, even if all have features
         options: dict[str, Any] = {"forgetting_seed": self._draw_seed(), "tower_passes": passes, "use_cache": False}
@@ -217,7 +223,7 @@ class VideoTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
-                (folder / PART / name / RECIPE_FILE).write_text(show(self.recipe) + "\n")
+                (folder / PART / name / RECIPE_FILE).write_text(show(self.told) + "\n")
         except (OSError, RuntimeError, SafetensorError) as failure:
             error = failure
         finally:
@@ -246,9 +252,9 @@ class VideoTrainer(Trainer):
             return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        if not self.recipe.lora_rank:
+        if not self.saves_part:
             with own_report():
-                self.network.save_pretrained(folder, state_dict=state_dict)
+                self.network.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
             return
         weights = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
         chosen: dict[str, Tensor] = {

@@ -2,12 +2,9 @@
 """Run one of the paper's stages by its recipe: load, say what trains, train, and leave a model that `ask` can open."""
 
 import contextlib
-import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +12,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import distributed as dist
-from transformers import ProgressCallback, TrainingArguments
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers import TrainingArguments
 
 from hourllava.data.collator import Collator
 from hourllava.data.dataset import ConversationDataset
@@ -24,25 +20,22 @@ from hourllava.data.failures import FailureLog, failure_table
 from hourllava.data.mds import INDEX
 from hourllava.data.mixture import load_mixture
 from hourllava.data.shards import ShardDataset
-from hourllava.errors import RecipeError
+from hourllava.errors import HourLlavaError, RecipeError
 from hourllava.model import HourLlavaForConditionalGeneration
-from hourllava.model.checkpoint import own_report
+from hourllava.model.checkpoint import copy_tensors, own_report
 from hourllava.model.parts import parts_table
 from hourllava.model.watching import tower_fingerprint
 from hourllava.train.groups import choose_parameters, learning_rates, merge_adapters
-from hourllava.train.overrides import RECIPE_FILE, check_same, load_recipe, show
-from hourllava.train.processes import deepspeed_config, join_processes, process_count, process_rank, shard
+from hourllava.train.processes import join_processes, process_count, process_rank, shard
 from hourllava.train.recipes import Training
-from hourllava.train.report import Bar, Picture
-from hourllava.train.resume import SaveBeforeEnd, checkpoints, clear, load_trained, on_sigterm
+from hourllava.train.report import Picture
+from hourllava.train.resume import SaveBeforeEnd, checkpoints, on_sigterm
+from hourllava.train.runs import check_packages, go, install, is_done, prepare_folder
 from hourllava.train.trainer import TRAINED, Conversations, VideoTrainer
+from hourllava.train.zero import deepspeed_config, join_zero, only_this_run, uses_zero
 
 Collate = Callable[[Sequence[Any]], dict[str, Any]]
-_FINAL_PART, _SHARDS = ".model.part", "shards"
-
-
-class StoppedError(RecipeError):
-    """A run was asked to end, and has saved."""
+_SHARDS = "shards"
 
 
 def train(
@@ -67,36 +60,45 @@ def train(
     """
     join_processes()
     accumulation = recipe.accumulation(process_count())
-    if (out_dir / RECIPE_FILE).exists():
-        check_same(recipe, load_recipe(out_dir / RECIPE_FILE), out_dir)
+    if is_done(recipe, out_dir):
         return out_dir
-    _check_packages(recipe)
-    begun = _prepare_folder(recipe, out_dir)
-    model = load_model(recipe, begun)
-    if data is None:
-        data, collate = load_data(recipe, model, out_dir)
-    args = training_arguments(recipe, out_dir, accumulation)
-    if process_rank() == 0:
-        print(parts_table(model, learning_rates(model, recipe)), file=sys.stderr)
-    if recipe.parallel == "fsdp2" and process_count() > 1:
-        shard(model, recipe, args.device)
-    with on_sigterm() as asked:
-        save_before_end = SaveBeforeEnd(asked)
-        trainer = VideoTrainer(model, recipe, args, data, collate or _no_collate, (save_before_end, Picture()))
-        if not args.disable_tqdm:
-            trainer.remove_callback(ProgressCallback)
-            trainer.add_callback(Bar)
-        trainer.train(resume_from_checkpoint=str(begun) if begun else None)
-    unset_hf_deepspeed_config()  # or a model that is loaded from now on is loaded in parts
-    if save_before_end.stopped:
-        last = checkpoints(out_dir)[-1].name
-        raise StoppedError(out_dir, f"the run was asked to end; {last} is saved", "the same command goes on from it")
+    check_packages(recipe)
+    begun = prepare_folder(recipe, out_dir)
+    with only_this_run():
+        _train(recipe, out_dir, begun, training_arguments(recipe, out_dir, accumulation), data, collate)
     if process_rank() == 0:
         export(recipe, out_dir)
         _tell_failures(out_dir)
     if process_count() > 1:
         dist.barrier()
     return out_dir
+
+
+def _train(
+    recipe: Training,
+    out_dir: Path,
+    begun: Path | None,
+    args: TrainingArguments,
+    data: Conversations | ShardDataset | None,
+    collate: Collate | None,
+) -> None:
+    """Train from the checkpoint `begun` on, or from the start.
+
+    `args` are made before the model is loaded: with ZeRO-3 it is loaded in parts.
+    """
+    if uses_zero(recipe):
+        join_zero()
+    in_shards = recipe.parallel == "fsdp2" and process_count() > 1
+    model = (load_for_shards if in_shards else load_model)(recipe, begun)
+    if data is None:
+        data, collate = load_data(recipe, model, out_dir)
+    if process_rank() == 0:
+        print(parts_table(model, learning_rates(model, recipe)), file=sys.stderr)
+    if in_shards:
+        shard(model, recipe, args.device)
+    with on_sigterm() as asked:
+        callbacks = (SaveBeforeEnd(asked), Picture())
+        go(VideoTrainer(model, recipe, args, data, collate or _no_collate, callbacks), out_dir, begun)
 
 
 def load_model(recipe: Training, checkpoint: Path | None = None) -> HourLlavaForConditionalGeneration:
@@ -118,15 +120,40 @@ def load_model(recipe: Training, checkpoint: Path | None = None) -> HourLlavaFor
     model = HourLlavaForConditionalGeneration.from_pretrained(
         source, dtype=torch.float32, new_resampler=recipe.memaug_depth, **fields
     )
-    decoder = model.config.text_config
-    decoder.max_position_embeddings = min(decoder.max_position_embeddings, recipe.max_length)
-    choose_parameters(model, recipe)
+    torch.manual_seed(recipe.seed)  # draws adapters, on all processes alike
+    _set_up(model, recipe)
     if checkpoint is not None and not whole:
-        load_trained(model, load_file(checkpoint / TRAINED))
-    if recipe.gradient_checkpointing:
-        # Of the two names, newer releases of transformers deprecate the second.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        copy_tensors(load_file(checkpoint / TRAINED), model)
+    return model
+
+
+def load_for_shards(recipe: Training, checkpoint: Path | None = None) -> HourLlavaForConditionalGeneration:
+    """`load_model` on the first process; on the others the same parameters, in memory that nothing has touched.
+
+    `shard` fills them: the weights are held whole once, and not on every process.
+
+    Raises:
+        ModelError: it is not whole; every process raises it.
+    """
+    told: list[Any] = [None]
+    model = None
+    if process_rank() == 0:
+        try:
+            model = load_model(recipe, checkpoint)
+            told = [(model.config, model.tokenizer)]
+        except HourLlavaError as error:
+            told = [error]
+    dist.broadcast_object_list(told)
+    if isinstance(told[0], HourLlavaError):
+        raise told[0]
+    if model is None:
+        config, tokenizer = told[0]
+        with torch.device("meta"):
+            model = HourLlavaForConditionalGeneration(config)
+        model.to_empty(device="cpu")
+        model.tie_weights()  # which `to_empty` has undone
+        model.tokenizer = tokenizer
+        _set_up(model, recipe)
     return model
 
 
@@ -233,46 +260,24 @@ def training_arguments(recipe: Training, out_dir: Path, accumulation: int) -> Tr
 
 
 def export(recipe: Training, out_dir: Path) -> None:
-    """Put the last checkpoint's model into ``out_dir``: adapters merged, bfloat16 with `bf16`, the recipe last."""
-    part = out_dir / _FINAL_PART
-    shutil.rmtree(part, ignore_errors=True)
+    """Put the last checkpoint's model into ``out_dir``: adapters merged, bfloat16 with `bf16`."""
     model = load_model(replace(recipe, gradient_checkpointing=False), checkpoints(out_dir)[-1])
     if recipe.lora_rank:
         merge_adapters(model)
     with own_report():
         model.to(dtype=torch.bfloat16 if recipe.bf16 else torch.float32)  # type: ignore[call-arg]
-        model.save_pretrained(part)
-    for path in sorted(part.iterdir()):
-        os.replace(path, out_dir / path.name)
-    part.rmdir()
-    (out_dir / f".{RECIPE_FILE}").write_text(show(recipe) + "\n")
-    os.replace(out_dir / f".{RECIPE_FILE}", out_dir / RECIPE_FILE)
+    install(model, recipe, out_dir)
 
 
-def _prepare_folder(recipe: Training, out_dir: Path) -> Path | None:
-    """The checkpoint to go on from, if there is one."""
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        found = checkpoints(out_dir)
-    except OSError as error:
-        raise RecipeError(f"output {out_dir}", f"it cannot be written ({error.strerror})", "give another -o") from error
-    if process_count() > 1:
-        dist.barrier()  # before the first process clears up, all have seen the same
-    if process_rank() == 0:
-        clear(out_dir)
-    if found:
-        check_same(recipe, load_recipe(found[-1] / RECIPE_FILE), found[-1])
-    return found[-1] if found else None
-
-
-def _check_packages(recipe: Training) -> None:
-    needed = {name: name for name in recipe.report_to.split(",") if name != "none"}
-    if recipe.parallel in ("zero2", "zero3") and process_count() > 1:
-        needed["deepspeed"] = "deepspeed"
-    for name in needed:
-        if find_spec(name) is None:
-            flag = "--parallel" if name == "deepspeed" else "--report-to"
-            raise RecipeError(flag, f"{name} is not installed", f"pip install {name}, or choose another")
+def _set_up(model: HourLlavaForConditionalGeneration, recipe: Training) -> None:
+    """Longest input, what learns, and gradient checkpointing."""
+    decoder = model.config.text_config
+    decoder.max_position_embeddings = min(decoder.max_position_embeddings, recipe.max_length)
+    choose_parameters(model, recipe)
+    if recipe.gradient_checkpointing:
+        # Of the two names, newer releases of transformers deprecate the second.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
 
 
 def _tell_failures(out_dir: Path) -> None:
