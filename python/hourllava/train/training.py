@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import distributed as dist
-from transformers import ProgressCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
 from hourllava.data.collator import Collator
 from hourllava.data.dataset import ConversationDataset
@@ -108,8 +108,8 @@ def _train(
     with on_sigterm() as asked:
         save_before_end = SaveBeforeEnd(asked)
         trainer = VideoTrainer(model, recipe, args, data, collate or _no_collate, (save_before_end, Picture()))
+        trainer.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         if not args.disable_tqdm:
-            trainer.remove_callback(ProgressCallback)
             trainer.add_callback(Bar)
         trainer.train(resume_from_checkpoint=str(begun) if begun else None)
     if process_rank() == 0 and not save_before_end.stopped:
