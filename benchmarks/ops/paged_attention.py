@@ -3,7 +3,7 @@
 an hour, too, beside every attention that is installed.
 
 Floors at the 3B shape, 512 queries by 31 pages: two products forward, 16.6 GFLOP, and five backward, 41.6 GFLOP, none
-of them twice; queries, results and pages are 8.3 MB in bfloat16, a millisecond of copying: it is the products that bind.
+of them twice; queries, results and pages are 8.3 MB in bfloat16, a millisecond of copying: the products bind.
 For a core that starts two vectors of products a cycle (Zen 5 at 3.8 GHz: 486 GFLOP/s in pairs of bfloat16, 243 in
 float32), and a softmax of 10 cycles for 16 weights forward and 16 backward, that predicts:
 

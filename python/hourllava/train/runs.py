@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from torch import distributed as dist
-from transformers import ProgressCallback
+from transformers import PrinterCallback, ProgressCallback
 
 from hourllava.errors import RecipeError
 from hourllava.model import HourLlavaForConditionalGeneration
@@ -80,8 +80,8 @@ def go(trainer: VideoTrainer, out_dir: Path, begun: Path | None) -> None:
     Raises:
         StoppedError: SIGTERM came; the last step is saved.
     """
+    trainer.remove_callback(PrinterCallback if trainer.args.disable_tqdm else ProgressCallback)
     if not trainer.args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Bar)
     trainer.train(resume_from_checkpoint=str(begun) if begun else None)
     if trainer.state.global_step < trainer.state.max_steps:
