@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choosing 1/16 of an hour's pages for a question."""
+"""Choosing 1/16 of an hour's pages for a question.
+
+Floor: every query is multiplied with both corners of every page's box. That is 1 / 128 of the products that attention
+to all pages takes, and at the rate of float32 some 2 % of its time: predicted is 13 times dense with 1/16 of the
+pages.
+"""
 
 from typing import Any
 

@@ -353,7 +353,7 @@ constexpr bool kStreams = Tile::bytes > 16;
 // Worth it for what is too large to be found in a cache later; rows must be whole lines.
 template <class Tile>
 ALWAYS_INLINE bool streams(const void* out, int64_t row_bytes, int64_t bytes) {
-    return kStreams<Tile> && bytes >= 1 << 23 && row_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+    return kStreams<Tile> && bytes >= 1 << 25 && row_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
 }
 // to[i] = from[i] * factor, rounded once.
 template <class Tile, class T>

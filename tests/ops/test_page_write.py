@@ -76,7 +76,7 @@ def test_every_tier(dtype: torch.dtype, tier: str) -> None:
 @pytest.mark.parametrize("tier", CPU_TIERS)
 def test_more_values_than_a_cache_holds(tier: str) -> None:
     """They go past the caches, but no line of them gets lost, and no other is touched."""
-    shape = Shape(tokens=2**15, heads=2, width=64, frequencies=16, pages=260, page_size=128)
+    shape = Shape(tokens=2**15, heads=2, width=256, frequencies=16, pages=260, page_size=128)
     *rows, _, _ = make(shape, torch.bfloat16)
     pools = empty_pools(shape, torch.bfloat16, fill=torch.nan)
     with cpu_tier(tier), torch.no_grad():
