@@ -3,19 +3,19 @@
 an hour, too, beside every attention that is installed.
 
 Floors at the 3B shape, 512 queries by 31 pages: two products forward, 16.6 GFLOP, and five backward, 41.6 GFLOP, none
-of them twice; queries, results and pages are 8.3 MB in bfloat16, a millisecond of copying: the products bind.
-For a core that starts two vectors of products a cycle (Zen 5 at 3.8 GHz: 486 GFLOP/s in pairs of bfloat16, 243 in
-float32), and a softmax of 10 cycles for 16 weights forward and 16 backward, that predicts:
+of them twice; queries, results and pages are 8.3 MB in bfloat16, a millisecond of copying, so the products bind. For a
+core that starts two vectors of products a cycle (Zen 5 at 3.8 GHz: 486 GFLOP/s in pairs of bfloat16, 243 in float32),
+and a softmax of 10 cycles for 16 weights forward and 16 backward, that predicts:
 
     ms on one core              products + softmax   measured   share of the core's products   torch, the fastest way
-    bfloat16, forward                  34 +  5           54               63 %                        203  (3.7 x)
-    bfloat16, backward                 86 +  9          124               69 %                        296  (2.4 x)
-    float32, forward                   68 +  5          106               65 %                        211  (2.0 x)
-    float32, backward                 171 +  9          225               76 %                        518  (2.3 x)
+    bfloat16, forward                  34 +  5           49               70 %                        189  (3.8 x)
+    bfloat16, backward                 86 +  9          131               66 %                        307  (2.3 x)
+    float32, forward                   68 +  5           90               76 %                        196  (2.2 x)
+    float32, backward                 171 +  9          231               74 %                        500  (2.2 x)
 
 The rest goes to lines that come from the second cache and to sums that leave the registers, and in the backward a tenth
 to scratch: clearing it, and adding up the shares of the query's gradient. Torch's fastest way of three is "folded"
-here. A backward of four times that speed is above what the core's products can do: 41.6 GFLOP in 74 ms are 563 GFLOP/s.
+here. A backward of four times that speed is above what the core's products can do: 41.6 GFLOP in 77 ms are 540 GFLOP/s.
 
 Medians of CPU time, which a busy machine disturbs less, on an AMD EPYC 9005 with torch 2.13:
 `OMP_NUM_THREADS=1 python -m pytest benchmarks/ops/paged_attention.py -k 3B --benchmark-timer=time.process_time`

@@ -78,10 +78,22 @@ struct TileState {
     A *page_largest = nullptr, *page_total = nullptr;  // (rows,) of the page at hand; null when no mass is asked for
 };
 
+// The rows of the page that comes next, fetched line by line while the scores of this one are at hand.
+struct Ahead {
+    const char *keys = nullptr, *values = nullptr, *keys_end = nullptr;
+    ALWAYS_INLINE void fetch_line() {
+        if (keys >= keys_end) return;
+        __builtin_prefetch(keys, 0, 2);
+        __builtin_prefetch(values, 0, 2);
+        keys += 64, values += 64;
+    }
+};
+
 // Turns scores (count x kStrip) of one strip into weights below the running maximum, in place, and rescales the sums;
 // factor (kStrip,) gets what the outputs so far must be multiplied with. Pairs of keys become pairs of weights.
 template <class Tile, class E, class A>
-ALWAYS_INLINE void soften(A* scores, int64_t count, A scale, A* largest, A* total, A* page_total, A* factor) {
+ALWAYS_INLINE void soften(A* scores, int64_t count, A scale, A* largest, A* total, A* page_total, A* factor,
+                          Ahead& ahead) {
     using V = vector_t<Tile, A>;
     constexpr int64_t R = kStrip<A>;
     for (int64_t lane = 0; lane < R; lane += kLanes<Tile, A>) {
@@ -95,6 +107,7 @@ ALWAYS_INLINE void soften(A* scores, int64_t count, A scale, A* largest, A* tota
         const V shift = now > before ? now : before, rescale = exp2_vector(before - shift);
         V even{}, odd{};
         for (int64_t k = 0; k < count; k += 2) {
+            ahead.fetch_line();
             const V first = exp2_vector(load_vector<Tile>(column + k * R) * scale - shift);
             V second{};
             if (k + 1 < count) second = exp2_vector(load_vector<Tile>(column + (k + 1) * R) * scale - shift);
@@ -126,11 +139,18 @@ struct ForwardSpace {
           rows(kStrip<A> * width) {}
 };
 
+template <class T>
+Ahead ahead_of(const PagedAttentionParams<T>& p, const Listing& next, int64_t head) {
+    const int64_t at = (next.page * p.key_heads + head) * p.page_size * p.head_dim, count = next.length * p.head_dim;
+    return {reinterpret_cast<const char*>(p.key_pages + at), reinterpret_cast<const char*>(p.value_pages + at),
+            reinterpret_cast<const char*>(p.key_pages + at + count)};
+}
+
 // All strips of a task against one page of one key head.
 template <class Tile, class T>
 ALWAYS_INLINE void attend_page(const Forward<T>& f, const ForwardSpace<Tile, T>& space,
                                const TileState<operand_t<Tile, T>, accumulate_t<T>>& state, int64_t strips,
-                               int64_t head, const Listing& listing) {
+                               int64_t head, const Listing& listing, Ahead ahead) {
     using A = accumulate_t<T>;
     using E = operand_t<Tile, T>;
     constexpr int64_t R = kStrip<A>;
@@ -148,7 +168,7 @@ ALWAYS_INLINE void attend_page(const Forward<T>& f, const ForwardSpace<Tile, T>&
             multiply_long<Tile, Start::zero, R, true, E, A>(keys, {state.query + s * elements<E>(dims) * R, R},
                                                             {scores, R}, count, R, elements<E>(dims));
             soften<Tile, E>(scores, count, scale, state.largest + s * R, state.total + s * R,
-                            state.page_total ? state.page_total + s * R : nullptr, space.factor.get());
+                            state.page_total ? state.page_total + s * R : nullptr, space.factor.get(), ahead);
             multiply_long<Tile, Start::scale, R, false, E, A>(values, {weights, R}, {state.out + s * dims * R, R}, dims,
                                                               R, elements<E>(count), space.factor.get());
         }
@@ -179,13 +199,16 @@ struct ForwardTask {
         std::fill(state.largest, state.largest + strips * R, -std::numeric_limits<A>::infinity());
         std::fill(state.total, state.total + strips * R, A{0});
         const bool weighs = f.weighs(sample, tile.first, tile.first + tile.rows);
-        for (int64_t i = sample.listings * split / splits; i < sample.listings * (split + 1) / splits; ++i) {
+        const int64_t end = sample.listings * (split + 1) / splits;
+        const Listing* listings = f.plan.listings.data() + sample.listing_begin;
+        for (int64_t i = sample.listings * split / splits; i < end; ++i) {
             if (weighs) {
                 const int64_t stored = f.page_index(head, tile.sample, i, tile.first);
                 state.page_total = f.page_total.get() + stored;
                 std::fill(state.page_total, state.page_total + strips * R, A{0});
             }
-            attend_page<Tile>(f, space, state, strips, head, f.plan.listings[sample.listing_begin + i]);
+            const Ahead ahead = i + 1 < end ? ahead_of(p, listings[i + 1], head) : Ahead{};
+            attend_page<Tile>(f, space, state, strips, head, listings[i], ahead);
             if (!weighs) continue;
             std::copy(state.largest, state.largest + strips * R,
                       f.page_largest.get() + f.page_index(head, tile.sample, i, tile.first));
