@@ -187,12 +187,12 @@ def _resident_peak(way: Callable[[], Any]) -> int | None:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)  # what was freed before would be taken again, and nothing would seem to be
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
     except OSError:
         return None
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)  # what was freed before would be taken again, and nothing would seem to be
     before = resident("VmRSS:")
     way()
     return max(0, resident("VmHWM:") - before)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from benchmarks.report import draw
-from benchmarks.suite import OURS, SHAPES, Bench, Work, attention_in_parts, write_results
+from benchmarks.suite import OURS, SHAPES, Bench, Work, attention_in_parts, peak_of, write_results
 from benchmarks.table import as_table, rows_of
 from benchmarks.targets import as_lines, reached
 from hourllava_ext import reference
@@ -64,6 +64,16 @@ def test_wrong_values_are_never_timed(wrong):
     with pytest.raises((AssertionError, ValueError)):
         bench(lambda: torch.linspace(-2, 2, 9), expected=wrong).run(recorder, OURS)
     assert recorder.timed == 0
+
+
+def test_peak_is_that_of_the_call():
+    freed = [torch.ones(2**18) for _ in range(64)]  # 64 MiB in pieces that the heap keeps
+    del freed
+    idle, busy = peak_of(lambda: None), peak_of(lambda: torch.ones(2**24))
+    if idle is None or busy is None:
+        pytest.skip("this system does not tell a process its peak: NOT CHECKED")
+    assert idle < 8 << 20
+    assert 63 << 20 < busy < 80 << 20
 
 
 def test_small_values_are_held_to_their_own_size():
