@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where results are kept: JSON in `benchmarks/results`, with the machine, the versions and the commit behind them."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.suite import ROOT, machine
+from benchmarks.suite import ROOT, machine, write_json
 
 
 def keep(name: str, results: list[dict[str, Any]]) -> Path:
@@ -17,6 +16,5 @@ def keep(name: str, results: list[dict[str, Any]]) -> Path:
         results: what was measured, a dictionary for each row of the table.
     """
     path = ROOT / "benchmarks/results" / time.strftime(f"{name}-%Y-%m-%d-%H%M%S.json")
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
+    write_json(path, {"machine": machine(), "results": results})
     return path
