@@ -209,9 +209,9 @@ def feature_tower(recipe: Training, model: HourLlavaForConditionalGeneration) ->
     parts = [parameter for parameter in tower.parameters() if hasattr(parameter, "ds_id")]
     with contextlib.ExitStack() as whole:
         if parts:  # ZeRO-3 has spread them over the processes
-            from deepspeed.zero import GatheredParameters
+            import deepspeed
 
-            whole.enter_context(GatheredParameters(parts))
+            whole.enter_context(deepspeed.zero.GatheredParameters(parts))
         told = [tower_fingerprint(model) if process_rank() == 0 else None]
     if process_count() > 1:
         dist.broadcast_object_list(told)
