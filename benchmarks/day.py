@@ -100,7 +100,7 @@ def run(hours: float, folder: Path) -> dict[str, Any]:
     result["peak_after_append"] = peak_bytes()
     for name in lengths:
         memory, result[f"reopen_{name}"] = timed(lambda name=name: Repository(folder).open(name))
-        answer, result[f"ask_{name}_in_files"] = timed(lambda memory=memory: model.ask(memory, QUESTION))
+        answer, result[f"ask_{name}_in_files"] = timed(lambda memory=memory: model.ask(memory, QUESTION, budget="all"))
     result["peak_after_asking_files"] = peak_bytes()
     del memory
     own = own_bytes()
@@ -110,7 +110,7 @@ def run(hours: float, folder: Path) -> dict[str, Any]:
         with pool.use(name):
             pass
     with pool.use("day") as held:
-        again, result["ask_day_in_pool"] = timed(lambda: model.ask(held, QUESTION))
+        again, result["ask_day_in_pool"] = timed(lambda: model.ask(held, QUESTION, budget="all"))
     assert again.text == answer.text
     assert torch.equal(again.mass, answer.mass)
     result |= {"peak": peak_bytes(), "disk_day": disk_bytes(folder / "day"), "disk_planned": sum(planned.disk.values())}

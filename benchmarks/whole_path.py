@@ -34,7 +34,6 @@ from hourllava.video import open_video, repeat_video, write_video
 FPS = 25
 QUESTIONS = ("Which colour was the star?", "Where was the heart?")
 LATER = 6  # questions after the first; the second one's time is the median of these
-BUDGET = "1/16"
 # Every core more may bring this much of itself; so many times faster a second question; so many bytes at the most.
 DECODING, ASKING, MEMORY = 0.85, 50.0, 2 << 30
 
@@ -44,7 +43,7 @@ class Result:
     """Seconds of wall time, but for `peak_mib`: the resident memory of `hourllava ask` at its highest."""
 
     video: str
-    budget: str | None
+    budget: str  # what of the memory a question reads
     one_core: float
     all_cores: float
     watch: dict[str, float]
@@ -55,7 +54,7 @@ class Result:
 
     @property
     def name(self) -> str:
-        return self.video + (f", {self.budget} read" if self.budget else "")
+        return f"{self.video}, {self.budget} read"
 
 
 def main() -> None:
@@ -67,12 +66,12 @@ def main() -> None:
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     console = Console(width=None if sys.stdout.isatty() else 140)
-    results = []
+    results, usual = [], load_model("tiny").config.memory_budget
     for height in given.heights:
         video = make(given.folder, height, given.minutes)
         decoding = decode_both(video)
-        # How long a question takes does not depend on the file: one of them is asked with a budget, too.
-        for budget in (None, BUDGET) if height == given.heights[0] else (None,):
+        # How long a question takes does not depend on the file: of one of them, all is read, too.
+        for budget in ("all", usual) if height == given.heights[0] else (usual,):
             results.append(measure(video, decoding, budget))
             console.print(f"{results[-1].name}: asked")
     parts, found = profile_question(60 * given.minutes), rates()
@@ -140,11 +139,10 @@ def decode(video: Path, threads: int) -> tuple[float, int]:
         torch.set_num_threads(before)
 
 
-def measure(video: Path, decoding: tuple[float, float], budget: str | None) -> Result:
+def measure(video: Path, decoding: tuple[float, float], budget: str) -> Result:
     """Ask the file in a process of its own."""
     questions = [QUESTIONS[number % len(QUESTIONS)] for number in range(1 + LATER)]
-    command = [sys.executable, "-m", "hourllava", "ask", str(video), *questions, "--json"]
-    command += ["--budget", budget] if budget else []
+    command = [sys.executable, "-m", "hourllava", "ask", str(video), *questions, "--json", "--budget", budget]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         output = process.stdout.read()
@@ -164,17 +162,17 @@ def measure(video: Path, decoding: tuple[float, float], budget: str | None) -> R
 
 @torch.no_grad()
 def profile_question(seconds: int) -> dict[str, float]:
-    """What a question about a memory that long consists of: seconds of "all" of it, of each operator of ours, and of
-    the "other" operators of torch; "flop" of the attention to the memory."""
+    """What a question consists of that reads all of a memory that long: seconds of "all" of it, of each operator of
+    ours, and of the "other" operators of torch; "flop" of the attention to the memory."""
     model = load_model("tiny")
     memory = new_memory(FrameWriter(model))
     features = torch.randn(CHUNK, memory.shape.per_frame, model.config.vision_width)
     while memory.frames < seconds:
         memory.append_features(features[: seconds - memory.frames])
-    model.ask(memory, QUESTIONS[0])
+    model.ask(memory, QUESTIONS[0], budget="all")
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
         began = time.perf_counter()
-        model.ask(memory, QUESTIONS[1])
+        model.ask(memory, QUESTIONS[1], budget="all")
         parts = {"all": time.perf_counter() - began, "other": 0.0, "flop": 0.0}
     for event in recorded.key_averages(group_by_input_shape=True):
         name, took = event.key, event.self_cpu_time_total / 1e6
@@ -210,7 +208,7 @@ def show(results: list[Result], parts: dict[str, float], gemm: float, console: C
     )
     attention = parts["hourllava_ext::paged_attention"]
     console.print(
-        f"Of a question's {parts['all']:.3f} s, attention to the memory takes {attention:.3f} s: "
+        f"Of the {parts['all']:.3f} s of a question that reads all, attention to the memory takes {attention:.3f} s: "
         f"{parts['flop'] / 1e9:.0f} GFLOP at {parts['flop'] / attention / 1e9:.0f} GFLOP/s, where torch's product in "
         f"float32 reaches {gemm / 1e9:.0f}."
     )

@@ -109,3 +109,16 @@ def test_written_in_pieces_is_written_at_once(tmp_path):
 def test_folder_that_is_not_there(tmp_path):
     with pytest.raises(MemoryFileError, match="cannot be written"):
         write_memory_file(tmp_path / "none" / "film.memory", make_tensors(), NOTES)
+
+
+def test_a_file_that_is_removed_while_it_is_opened(tmp_path, monkeypatch):
+    path, mapped = tmp_path / "film.memory", torch.UntypedStorage.from_file
+    write_memory_file(path, make_tensors(), NOTES)
+
+    def remove_first(*args, **kwargs):
+        path.unlink()
+        return mapped(*args, **kwargs)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", remove_first)
+    with pytest.raises(MemoryFileError, match=r"film\.memory: it is damaged or not a memory file"):
+        read_memory_file(path)

@@ -85,7 +85,8 @@ def read_memory_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
         with safe_open(target, "pt") as file:
             notes = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    # RuntimeError: torch maps the file anew, and a writer may have removed it since.
+    except (SafetensorError, OSError, RuntimeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise MemoryFileError(target, f"it is damaged or not a memory file ({reason(error)})", WATCH_AGAIN) from error
     if not notes.get("format", "").startswith("hourllava-memory"):
         raise MemoryFileError(target, "it is not a memory file", "name a file that `watch` saved")

@@ -190,4 +190,4 @@ def _least_question() -> float:
     """Seconds that a question takes whatever the model: of the small one, about one second."""
     model = load_model("tiny")
     memory = model.watch(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), progress=False)
-    return seconds(lambda: model.ask(memory, "What is seen?", max_new_tokens=1))
+    return seconds(lambda: model.ask(memory, "What is seen?", budget="all", max_new_tokens=1))
