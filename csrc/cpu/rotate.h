@@ -31,13 +31,15 @@ ALWAYS_INLINE void cosines_and_sines(V angle, V& cosine, V& sine) {
                    sine);
 }
 
-// sum - a * b, rounded once.
+// sum - a * b, rounded once where the tier has fused products.
 template <class V>
 ALWAYS_INLINE V subtract_product(V sum, V a, V b) {
 #if defined(__x86_64__)
     asm("vfnmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-#endif
     return sum;
+#else
+    return sum - a * b;
+#endif
 }
 // The same in float, of angles of up to 6.5e6 and with errors below 4e-7 of the result: enough for numbers of 11 bits.
 // For tiers that have fused products.
