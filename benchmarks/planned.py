@@ -9,6 +9,7 @@ import argparse
 import json
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,10 +23,12 @@ from benchmarks.suite import machine
 from benchmarks.whole_path import QUESTIONS, make
 from hourllava.memory import MemoryPool, Repository
 from hourllava.model import FrameWriter, HourLlavaForConditionalGeneration, load_model
+from hourllava.model.budget import ALL
 from hourllava.model.calibration import measure
 from hourllava.model.planning import dtype_of, plan
 
 ROUNDS = 3
+BUDGETS = {"question": None, "question, all pages": ALL}
 
 
 def work(model: HourLlavaForConditionalGeneration, film: Path, folder: Path, pages: int) -> dict[str, float]:
@@ -39,8 +42,9 @@ def work(model: HourLlavaForConditionalGeneration, film: Path, folder: Path, pag
     pool = MemoryPool(repository, writer, pages)
     with pool.use("film") as held:
         found |= {"bytes of pages": pool.usage()[0].used, "bytes on the disk": disk_bytes(folder)}
-        model.ask(held, QUESTIONS[0], budget="all", max_new_tokens=1)
-        found["question"] = model.ask(held, QUESTIONS[1], budget="all", max_new_tokens=1).timings["total"]
+        for name, budget in BUDGETS.items():
+            model.ask(held, QUESTIONS[0], budget=budget, max_new_tokens=1)
+            found[name] = model.ask(held, QUESTIONS[1], budget=budget, max_new_tokens=1).timings["total"]
     return found
 
 
@@ -50,8 +54,9 @@ def run(minutes: int, films: Path) -> dict[str, tuple[float, float]]:
     planned = plan("tiny", minutes / 60)
     said, measured = [], []
     for _ in tqdm(range(ROUNDS), "rounds"):
-        rates = measure(model.config, dtype_of(model.config))
-        said.append(rates.times(model.config, planned.frames, planned.tokens, planned.queries))
+        rates = measure(model.config, dtype_of(model.config), planned.queries)
+        exact = rates.times(model.config, replace(planned, pages_read=planned.pages))
+        said.append(rates.times(model.config, planned) | {"question, all pages": exact["question"]})
         with tempfile.TemporaryDirectory() as folder:
             measured.append(work(model, film, Path(folder), planned.device["pages"]))
     found = {what: median(one[what] for one in said) for what in said[0]}

@@ -27,8 +27,14 @@ def test_a_day_with_the_large_model(capfd: pytest.CaptureFixture[str]) -> None:
     rows = 4 * 2 * 4 * 128 * 2 * 5_616_000
     assert rows <= document["device"]["pages"] <= 1.03 * rows
     assert document["disk"]["features"] == 86400 * 64 * (1152 + 4)
+    assert document["pages_read"] == document["pages"] == 86400 // 2 + 86400 // 128
     assert document["disk"]["peak"] == sum(document["disk"][what] for what in ("features", "pages", "tokens"))
     assert document["seconds_on_a_gpu"] is document["seconds_on_this_cpu"] is document["budget"] is None
+
+
+def test_a_question_reads_what_the_config_says(capfd: pytest.CaptureFixture[str]) -> None:
+    out, _ = said(["--hours", "1", "--model", "tiny"], capfd)
+    assert "a question reads 229 of 1,829 pages" in out
 
 
 def test_a_budget(capfd: pytest.CaptureFixture[str], model: str) -> None:

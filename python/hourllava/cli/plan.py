@@ -45,7 +45,9 @@ def add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     )
     parser.add_argument("--budget", metavar="SIZE", help="bytes for pages on the device, as 40GiB: do they fit?")
     parser.add_argument(
-        "--measure", action="store_true", help="time layers of the model's shapes on this machine's CPU, for seconds"
+        "--measure",
+        action="store_true",
+        help="time layers of the model's shapes on this machine's CPU: ten seconds, a minute for the large ones",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
     parser.set_defaults(run=run)
@@ -67,10 +69,12 @@ def run(args: argparse.Namespace) -> int:
     planned = plan(args.model, hours, args.precision, config)
     times = None
     if args.measure:
+        from rich.console import Console
+
         from hourllava.model.calibration import measure
 
-        rates = measure(config, dtype_of(config))
-        times = rates.times(config, planned.frames, planned.tokens, planned.queries)
+        with Console(stderr=True).status("timing layers of the model's shapes"):
+            times = measure(config, dtype_of(config), planned.queries).times(config, planned)
     longest = None if budget is None else longest_in(memory_shape(config, dtype_of(config)), budget)
     document = _document(planned, times, budget, longest)
     print(json.dumps(document)) if args.json else _print(document)
@@ -100,6 +104,8 @@ def _document(
         "frames": planned.frames,
         "tokens": planned.tokens,
         "queries": planned.queries,
+        "pages": planned.pages,
+        "pages_read": planned.pages_read,
         "dtype": planned.dtype,
         "device": {**planned.device, "peak": planned.device_peak},
         "host": planned.host,
@@ -120,7 +126,8 @@ def _print(document: dict[str, Any]) -> None:
 
     title = (
         f"{document['hours']:g} hours with {document['model']}: {document['tokens']:,} tokens, "
-        f"{document['queries']:,} of them read by the decoder, {document['dtype']}"
+        f"{document['queries']:,} of them read by the decoder, {document['dtype']}; "
+        f"a question reads {document['pages_read']:,} of {document['pages']:,} pages"
     )
     rows = [
         (place, WORDS[what], format_size(n))

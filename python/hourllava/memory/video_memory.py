@@ -226,7 +226,9 @@ class VideoMemory:
             for first, end, offset in batches(second, second + len(frames), writer.batch):
                 self._append_batch(writer, frames[first - second : end - second], offset)
             if self._journal is not None and len(frames):
+                began = time.perf_counter()
                 self._journal.commit(start, self)
+                self.timings["write"] += time.perf_counter() - began
         except BaseException:
             if self._journal is not None:
                 self._journal.abandon()

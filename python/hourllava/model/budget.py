@@ -76,16 +76,7 @@ class Budget:
         Raises:
             InputError: what is always read does not fit.
         """
-        frames = len(second)
-        every = page_count(frames, per_frame)
-        if self.pages is not None:
-            most = self.pages
-        elif self.part is not None:
-            most = math.ceil(every / self.part)
-        else:
-            assert self.seconds is not None
-            most = page_count(math.ceil(min(self.seconds / seconds, 1) * frames), per_frame)
-        kept = None
+        most, kept = self.most(seconds, len(second), per_frame), None
         if self.keep:
             kept = torch.zeros(len(pages.page_lengths), dtype=torch.bool, device=second.device)
             kept[pages.page_table[0, self._kept_pages(second, per_frame)].to(torch.int64)] = True
@@ -94,6 +85,15 @@ class Budget:
                 why = f"what is always read takes {count} pages, and the budget is {most}"
                 raise InputError("budget", why, "give a larger budget, or keep less")
         return PageBudget(most, self.mode, self.tile, kept)
+
+    def most(self, seconds: int, frames: int, per_frame: int) -> int:
+        """Pages that may be read of a memory of so many frames, which show a video of so many seconds."""
+        if self.pages is not None:
+            return self.pages
+        if self.part is not None:
+            return math.ceil(page_count(frames, per_frame) / self.part)
+        assert self.seconds is not None
+        return page_count(math.ceil(min(self.seconds / seconds, 1) * frames), per_frame)
 
     def _kept_pages(self, second: Tensor, per_frame: int) -> Tensor:
         """Numbers (n,) of the pages that hold anything of the spans; a span ends before its last second."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast this machine would be with a model: layers of its shapes, of random weights, run for a second each."""
+"""How fast this machine would be with a model: layers of its shapes, of random weights, run for seconds."""
 
 import tempfile
 import time
@@ -12,62 +12,75 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2Model
+from transformers import PreTrainedConfig, Qwen2Model
 
-from hourllava.memory import Repository
+from hourllava.memory import Repository, VideoMemory
 from hourllava.memory.pages import PAGE_SIZE, MemoryPages
+from hourllava.memory.video_memory import summary_dtype
 from hourllava.video import VideoReader, repeat_video, write_video
 from hourllava.video.runs import SEGMENT
 
 from .configuration import HourLlavaConfig
 from .loading import load_model
-from .memaug import Block, MemoryUse, rotary_frequencies
-from .planning import PROMPT
+from .memaug import Block, MemoryUse, PageBudget, rotary_frequencies
+from .planning import PROMPT, Plan
 from .stream import QueryStream
 from .vision import VisionTower
 from .watching import BATCH, CHUNK, memory_shape
 
 ROUNDS = 3
-ROWS = 256  # of a question, and
-PAGES = 64  # that these read: enough that a rate does not depend on them
+WATCHES = 5  # of a clip, by turns of decoder and tower that are never quite the same
+ROWS = 1024  # of a question, at the most: with so many, a row's time no longer depends on their number
+PAGES = 64  # that they read, and five times as many
 CLIP_SIZE, CLIP_FPS, CLIP_SECONDS = (360, 640), 25, 10
-LAYER_FLOP = 2e10  # about a second on a slow machine: a pass has as many frames as stay below this
+CLIP_SEGMENTS = 4  # that each core decodes of the clip
+FLOP = 2e10  # of the vision tower's layers, in whatever is timed at once: about a second on a slow machine
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What was measured."""
+    """What was measured, in seconds."""
 
-    decode: float  # seconds of video (640 x 360, 25 frames a second) decoded in a second
-    encode: float  # frames through the tower in a second
-    write: float  # frames projected, written to pages and committed in a second
-    row: float  # seconds that MemAug and the decoder take for a row of a question
-    pair: float  # seconds that one head's attention takes for a row of a question and one that it looks at
-    least: float  # seconds that a question takes whatever the model
+    decode: float  # that watching waits for the decoder, per frame of a video of 640 x 360, 25 frames a second
+    encode: float  # in the vision tower, per frame
+    write: float  # to project a frame, write it to pages and commit it
+    row: float  # of MemAug and the decoder, per row of a question of `rows`, without what the memory takes
+    page: float  # of a block's attention, per row and page that it reads
+    score: float  # of a block's choice of pages, per row and page that it chooses from
+    least: float  # of a question, whatever the model
+    rows: int
 
-    def times(self, config: HourLlavaConfig, frames: int, tokens: int, queries: int) -> dict[str, float]:
-        """Seconds to decode, encode and write so many frames, and to the first word of an answer about them."""
-        decoder = config.text_config
-        pairs = config.memaug_depth * queries * (tokens + queries) + decoder.num_hidden_layers * queries**2 / 2
+    def times(self, config: HourLlavaConfig, planned: Plan) -> dict[str, float]:
+        """Seconds to decode, encode and write a video, and to the first word of an answer about it."""
+        frames, rows, blocks = planned.frames, planned.queries, config.memaug_depth
+        behind = max(rows - self.rows, 0) / PAGE_SIZE  # rows that a row of so long a question looks at, too
+        pages = blocks * (planned.pages_read + behind) + config.text_config.num_hidden_layers * behind / 2
+        scored = blocks * planned.pages if planned.pages_read < planned.pages else 0
         return {
-            "decode": frames / self.decode,
-            "encode": frames / self.encode,
-            "write": frames / self.write,
-            "question": self.least + queries * self.row + pairs * decoder.num_attention_heads * self.pair,
+            "decode": frames * self.decode,
+            "encode": frames * self.encode,
+            "write": frames * self.write,
+            "question": self.least + rows * (self.row + pages * self.page + scored * self.score),
         }
 
 
 @torch.no_grad()
-def measure(config: HourLlavaConfig, dtype: torch.dtype) -> Rates:
-    """Run layers of a model's shapes on this machine's CPU; no weight is read."""
+def measure(config: HourLlavaConfig, dtype: torch.dtype, queries: int) -> Rates:
+    """Run layers of a model's shapes on this machine's CPU; no weight is read.
+
+    Args:
+        config: the model's.
+        dtype: of its weights and of its memories.
+        queries: rows of the questions that are planned.
+    """
+    rows = min(queries, ROWS)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        row, pair = _question_rates(config)
-        rates = _decode_rate(config.tile_size), _encode_rate(config), _write_rate(config, dtype), row, pair
+        rates = *_watch_rates(config, dtype), *_question_rates(config, rows)
     finally:
         torch.set_default_dtype(before)
-    return Rates(*rates, _least_question())
+    return Rates(*rates, _least_question(), rows)
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -81,51 +94,85 @@ def seconds(work: Callable[[], object]) -> float:
     return min(taken)
 
 
-def _decode_rate(size: int) -> float:
-    """Of a clip that is long enough for all cores and as restless as a camera's, to pictures of this side."""
+def _watch_rates(config: HourLlavaConfig, dtype: torch.dtype) -> tuple[float, float, float]:
+    """Seconds a frame of the stages of a clip that is watched into a repository, since cores that decode are taken from
+    the tower. Of a large tower, the layers that would take too long are left out there and timed alone.
+    """
+    depth, flop = config.vision_config.num_hidden_layers, _layer_flop(config)
+    taken = []
+    with tempfile.TemporaryDirectory() as folder:
+        clip = Path(folder) / "clip.mp4"
+        frames = _write_clip(clip)
+        layers = min(depth, int(FLOP / (flop * frames)))
+        repository, writer = Repository(Path(folder) / "memories"), _Writer(config, dtype, layers)
+        for number in range(1 + WATCHES):
+            memory = repository.add(f"{number}", writer, pages=True)
+            taken.append(_watch(clip, memory, config.tile_size))
+            memory.close()
+    decode, encode, write = sorted(taken[1:], key=sum)[WATCHES // 2]  # the first has warmed up
+    alone = (depth - layers) * _layer_time(config) if layers < depth else 0.0
+    return decode / frames, encode / frames + alone, write / frames
+
+
+def _watch(clip: Path, memory: VideoMemory, size: int) -> tuple[float, float, float]:
+    """Seconds to decode, encode and write."""
+    began = time.perf_counter()
+    reader = VideoReader(clip)
+    memory.reserve(reader.frames_expected)
+    for chunk in reader.chunks(size, CHUNK):
+        memory.append(chunk.frames)
+    encode, write = memory.timings["encode"], memory.timings["write"]
+    return time.perf_counter() - began - encode - write, encode, write
+
+
+def _write_clip(path: Path) -> int:
+    """Write a clip that is long enough for all cores and as restless as a camera's, and return its seconds."""
     height, width = CLIP_SIZE
     ramp = (np.arange(height)[:, None, None] + np.arange(width)[:, None] + np.arange(3) * 40) // 5
     grain = np.random.default_rng(0).integers(-2, 3, (height, width, 1))
     pictures = (
         (ramp + np.roll(grain, (7 * n, 13 * n), (0, 1))).astype(np.uint8) for n in range(CLIP_FPS * CLIP_SECONDS)
     )
-    times = -(-2 * SEGMENT * torch.get_num_threads() // CLIP_SECONDS)
-    with tempfile.TemporaryDirectory() as folder:
-        once, clip = Path(folder) / "once.mp4", Path(folder) / "clip.mp4"
-        write_video(once, pictures, Fraction(CLIP_FPS), CLIP_SIZE)
-        repeat_video(once, clip, times)
-        return times * CLIP_SECONDS / seconds(lambda: sum(1 for _ in VideoReader(clip).chunks(size, CHUNK)))
+    times = -(-CLIP_SEGMENTS * SEGMENT * torch.get_num_threads() // CLIP_SECONDS)
+    once = path.with_name("once.mp4")
+    write_video(once, pictures, Fraction(CLIP_FPS), CLIP_SIZE)
+    repeat_video(once, path, times)
+    return times * CLIP_SECONDS
 
 
-def _encode_rate(config: HourLlavaConfig) -> float:
-    """From one layer and two: the difference is a layer's time, the rest that of what stands around the layers."""
-    tower = config.vision_config
-    patches = config.patches_per_side**2
-    flop = 2.0 * patches * tower.hidden_size * (4 * tower.hidden_size + 2 * tower.intermediate_size)
-    count = max(1, min(BATCH, int(LAYER_FLOP / flop)))
-    frames = torch.zeros(count, 3, tower.image_size, tower.image_size, dtype=torch.uint8)
-    times = []
-    for layers in (1, 2):
-        smaller = deepcopy(tower)
-        smaller.num_hidden_layers = layers
-        model = VisionTower(smaller).eval()
-        times.append(seconds(lambda model=model: model.encode([frames], config.video_grid)))  # type: ignore[misc]
-    layer = max(times[1] - times[0], 0.0)
-    return len(frames) / (times[0] + (tower.num_hidden_layers - 1) * layer)
+def _layer_flop(config: HourLlavaConfig) -> float:
+    """Of a frame in a layer of the tower."""
+    tower, patches = config.vision_config, config.patches_per_side**2
+    return 4.0 * patches * tower.hidden_size * (2 * tower.hidden_size + tower.intermediate_size + patches)
+
+
+def _tower(config: HourLlavaConfig, layers: int) -> VisionTower:
+    smaller = deepcopy(config.vision_config)
+    smaller.num_hidden_layers = layers
+    return VisionTower(smaller).eval()
+
+
+def _layer_time(config: HourLlavaConfig) -> float:
+    """Seconds a frame in a layer of the tower: what a second one adds."""
+    size = config.vision_config.image_size
+    frames = torch.zeros(max(1, min(BATCH, int(FLOP / _layer_flop(config)))), 3, size, size, dtype=torch.uint8)
+    towers = [_tower(config, layers) for layers in (1, 2)]
+    one, two = (seconds(lambda tower=tower: tower.encode([frames], config.video_grid)) for tower in towers)  # type: ignore[misc]
+    return max(two - one, 0.0) / len(frames)
 
 
 class _Writer:
-    """Makes memory as a model does, with features for nothing and one block's weights for all."""
+    """Makes memory as a model does, with some layers of its tower and one block's weights for all."""
 
     batch = BATCH
     device = torch.device("cpu")
 
-    def __init__(self, config: HourLlavaConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: HourLlavaConfig, dtype: torch.dtype, layers: int) -> None:
         decoder, width = config.text_config, config.text_config.hidden_size
         self.shape = memory_shape(config, dtype)
-        self.feature_width = config.vision_width
+        self.grid, self.feature_width = config.video_grid, config.vision_width
         self.inv_freq = rotary_frequencies(decoder, self.device)
-        self.features = torch.randn(BATCH, self.shape.per_frame, self.feature_width)
+        self.tower = _tower(config, layers)
         self.project = nn.Sequential(nn.Linear(self.feature_width, width), nn.GELU(), nn.Linear(width, width))
         self.key_value = nn.Linear(width, 2 * self.shape.kv_heads * self.shape.head_dim)
 
@@ -136,7 +183,7 @@ class _Writer:
         return "calibration"
 
     def encode(self, frames: Tensor) -> Tensor:
-        return self.features[: len(frames)]
+        return self.tower.encode([frames], self.grid)[0]
 
     def keys_values(self, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
         rows = torch.cat([tokens.flatten(0, 1), tokens[:, 0]])
@@ -145,49 +192,47 @@ class _Writer:
         return [(key, value) for key, value in made]
 
 
-def _write_rate(config: HourLlavaConfig, dtype: torch.dtype) -> float:
-    with tempfile.TemporaryDirectory() as folder:
-        memory = Repository(folder).add("calibration", _Writer(config, dtype), pages=True)
-        frames = torch.zeros(CHUNK, 3, 1, 1, dtype=torch.uint8)
-        return CHUNK / seconds(lambda: memory.append(frames))
-
-
-def _question_rates(config: HourLlavaConfig) -> tuple[float, float]:
-    """Seconds per row, and per row, other row and head: from blocks with little memory and with more, and from decoders
-    of one layer and of two."""
+def _question_rates(config: HourLlavaConfig, rows: int) -> tuple[float, float, float]:
+    """Seconds per row, per row and page read, and per row and page to choose from: from a block that reads few pages,
+    more, and few of more; and from decoders of one layer and of two."""
     decoder = config.text_config
     block, inv_freq = Block(decoder), rotary_frequencies(decoder, torch.device("cpu"))
-    x = torch.randn(ROWS, decoder.hidden_size)
-    ids, bounds = torch.arange(ROWS), torch.tensor([0, ROWS])
-    stream = QueryStream(ids, bounds, [ROWS])
-    use = MemoryUse(mass_weight=(ids >= ROWS - PROMPT).float())
+    x = torch.randn(rows, decoder.hidden_size)
+    ids, bounds = torch.arange(rows), torch.tensor([0, rows])
+    stream = QueryStream(ids, bounds, [rows])
+    weight = (ids >= rows - PROMPT).float()
 
-    def attend(pages: int) -> float:
-        shape = (pages, decoder.num_key_value_heads, PAGE_SIZE, decoder.hidden_size // decoder.num_attention_heads)
-        keys, values = torch.randn(shape), torch.randn(shape)
-        table, lengths = (
-            torch.arange(pages, dtype=torch.int32)[None],
-            torch.full((pages,), PAGE_SIZE, dtype=torch.int32),
-        )
-        memory = MemoryPages(keys, values, torch.empty(0), lengths, table)
-        return seconds(lambda: block(x, keys, values, stream, inv_freq, memory, use))
+    def attend(pages: int, budget: int | None = None) -> float:
+        memory = _random_pages(config, pages)
+        use = MemoryUse(budget=None if budget is None else PageBudget(budget), mass_weight=weight)
+        return seconds(lambda: block(x, memory.key_pages, memory.value_pages, stream, inv_freq, memory, use))
 
-    few, more = attend(PAGES), attend(5 * PAGES)
-    page = max(more - few, 0.0) / (4 * PAGES)
-    times = []
-    for layers in (1, 2):
-        smaller = deepcopy(decoder)
-        smaller.num_hidden_layers, smaller.vocab_size = layers, 8
-        smaller.layer_types = smaller.layer_types[:layers]
-        model = Qwen2Model(smaller).eval()
-        times.append(seconds(lambda model=model: model(inputs_embeds=x[None])))  # type: ignore[misc]
-    layer = max(times[1] - times[0], 0.0)
-    row = (config.memaug_depth * (few - PAGES * page) + decoder.num_hidden_layers * layer) / ROWS
-    return row, page / (ROWS * PAGE_SIZE * decoder.num_attention_heads)
+    few, more, chosen = attend(PAGES), attend(5 * PAGES), attend(5 * PAGES, PAGES)
+    page, score = max(more - few, 0.0) / (4 * PAGES), max(chosen - few, 0.0) / (5 * PAGES)
+    models = [Qwen2Model(_decoder(config, layers)).eval() for layers in (1, 2)]
+    one, two = (seconds(lambda model=model: model(inputs_embeds=x[None])) for model in models)  # type: ignore[misc]
+    row = config.memaug_depth * (few - PAGES * page) + decoder.num_hidden_layers * max(two - one, 0.0)
+    return row / rows, page / rows, score / rows
+
+
+def _random_pages(config: HourLlavaConfig, pages: int) -> MemoryPages:
+    decoder = config.text_config
+    heads, head_dim = decoder.num_key_value_heads, decoder.hidden_size // decoder.num_attention_heads
+    keys, values = torch.randn(2, pages, heads, PAGE_SIZE, head_dim)
+    summary = torch.stack([keys.mean(2), keys.amin(2), keys.amax(2)], 2).to(summary_dtype(keys.dtype))
+    lengths = torch.full((pages,), PAGE_SIZE, dtype=torch.int32)
+    return MemoryPages(keys, values, summary, lengths, torch.arange(pages, dtype=torch.int32)[None])
+
+
+def _decoder(config: HourLlavaConfig, layers: int) -> PreTrainedConfig:
+    smaller = deepcopy(config.text_config)
+    smaller.num_hidden_layers, smaller.vocab_size = layers, 8
+    smaller.layer_types = smaller.layer_types[:layers]
+    return smaller
 
 
 def _least_question() -> float:
-    """Seconds that a question takes whatever the model: of the small one, about one second."""
+    """Seconds that a question takes whatever the model: of the small one, about one second and without MemAug."""
     model = load_model("tiny")
     memory = model.watch(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), progress=False)
-    return seconds(lambda: model.ask(memory, "What is seen?", budget="all", max_new_tokens=1))
+    return seconds(lambda: model.ask(memory, "What is seen?", memaug=False, max_new_tokens=1))

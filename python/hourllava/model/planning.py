@@ -13,6 +13,7 @@ from hourllava.memory.pages import page_count
 from hourllava.memory.segments import packed_bytes
 from hourllava.video.runs import PICTURES_AHEAD
 
+from .budget import as_budget
 from .checkpoint import read_config
 from .configuration import HourLlavaConfig
 from .forgetting import remembered_frames, spatial_picks
@@ -40,6 +41,8 @@ class Plan:
     tokens: int
     dtype: str
     queries: int  # rows that MemAug and the decoder read
+    pages: int  # of keys and values, in each MemAug block, and
+    pages_read: int  # those that a question reads, as the model's config says
     device: dict[str, int]
     host: dict[str, int]
     disk: dict[str, int]
@@ -98,6 +101,8 @@ def plan(
     pages = page_count(frames, shape.per_frame) * shape.page_bytes
     if remembered > frames:  # pages of the repeated frames, made for the question
         pages += page_count(remembered, shape.per_frame) * shape.page_bytes
+    budget = as_budget(config.memory_budget)
+    asked = page_count(remembered, shape.per_frame)
     tower = config.vision_config
     return Plan(
         model=str(model),
@@ -106,6 +111,8 @@ def plan(
         tokens=frames * (shape.per_frame + 1),
         dtype=str(dtype).removeprefix("torch."),
         queries=queries,
+        pages=asked,
+        pages_read=asked if budget is None else min(asked, budget.most(frames, remembered, shape.per_frame)),
         device={
             "weights": _weights(config) * dtype.itemsize,
             "pages": pages,

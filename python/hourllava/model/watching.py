@@ -181,7 +181,9 @@ def _take_in(
     model: "HourLlavaForConditionalGeneration", source: Source, memory: VideoMemory | ShardedMemory, progress: bool
 ) -> Iterator[None]:
     """Append a video's frames to its memory, and yield after each chunk of them."""
+    began = time.perf_counter()
     opened = open_video(source, device=model.device) if isinstance(source, str | os.PathLike) else source
+    memory.timings["decode"] += time.perf_counter() - began  # its index is read
     expected = opened.frames_expected if isinstance(opened, VideoReader) else None
     if isinstance(opened, Tensor):
         expected = len(opened)
