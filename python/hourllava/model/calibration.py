@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, Qwen2Model
+from transformers import Qwen2Config, Qwen2Model
 
 from hourllava.memory import Repository, VideoMemory
 from hourllava.memory.pages import PAGE_SIZE, MemoryPages
@@ -224,7 +224,7 @@ def _random_pages(config: HourLlavaConfig, pages: int) -> MemoryPages:
     return MemoryPages(keys, values, summary, lengths, torch.arange(pages, dtype=torch.int32)[None])
 
 
-def _decoder(config: HourLlavaConfig, layers: int) -> PreTrainedConfig:
+def _decoder(config: HourLlavaConfig, layers: int) -> Qwen2Config:
     smaller = deepcopy(config.text_config)
     smaller.num_hidden_layers, smaller.vocab_size = layers, 8
     smaller.layer_types = smaller.layer_types[:layers]
