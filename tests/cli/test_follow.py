@@ -115,7 +115,9 @@ def test_a_camera_that_went_away_is_gone_on_with(model: str, tmp_path: Path, cap
             assert verify(Repository(place), "door") == []
     watcher = load_model(model)
     frames = [chunk.frames for path in films for chunk in open_video(path).chunks(64)]
-    assert_same(Repository(place).open("door", FrameWriter(watcher), append=False), watcher.watch(torch.cat(frames)))
+    both = Repository(place).add("both", FrameWriter(watcher))
+    watcher.watch(torch.cat(frames), progress=False, into=both)
+    assert_same(Repository(place).open("door", FrameWriter(watcher), append=False), both)
 
 
 def test_a_connection_that_breaks(film: bytes, model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

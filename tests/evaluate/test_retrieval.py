@@ -81,3 +81,5 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert image.format == "PNG"
     assert main(["retrieval-report", *options, "--plot", str(tmp_path / "report.svg")]) == 1
     assert "let its name end in .png" in capsys.readouterr().err
+    assert main(["retrieval-report", "--seconds", "39"]) == 1
+    assert "films of 39 s have no room for what is asked of them; give at least 40" in capsys.readouterr().err

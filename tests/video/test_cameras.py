@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from cameras import Camera, Http, Rtsp, serving
-from clips import SIDE, cut, number_on, write_clip
+from clips import SIDE, cut, damage, number_on, write_clip
+from tiny_model import make_model
 
 from hourllava.errors import VideoError
 from hourllava.video import LiveReader, open_video
@@ -83,6 +84,20 @@ def test_a_connection_that_breaks(tmp_path: Path) -> None:
     assert torch.equal(got[:-1], pictures(open_video(film).chunks(SIDE))[: len(got) - 1])
     assert reader.broken
     assert str(reader.ending).startswith("it broke off (")
+
+
+def test_what_an_earlier_connection_lost_is_not_forgotten(tmp_path: Path) -> None:
+    film = write_film(tmp_path / "film.mkv")
+    bad = damage(film, tmp_path / "bad.mkv", film.stat().st_size // 8)
+    model = make_model()
+    with serving(Camera(Http, bad, film)) as port:
+        address = f"http://127.0.0.1:{port}/film"
+        memory = model.watch(LiveReader(address, idle=60), progress=False)
+        lost, held = memory.damage, memory.frames
+        assert "pictures could not be decoded" in str(lost)
+        model.watch(LiveReader(address, idle=60), progress=False, into=memory)
+    assert memory.frames == held + SECONDS
+    assert memory.damage == lost
 
 
 @pytest.mark.parametrize("scheme", ["http", "https", "rtsp", "rtmp", "tcp"])

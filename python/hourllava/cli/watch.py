@@ -143,10 +143,11 @@ def take_in(
 
 
 def is_kept(source: Path) -> bool:
-    """Whether a path means a memory and no video: a memory file, or REPOSITORY/NAME."""
+    """Whether a path means a memory and no video: a memory file, or REPOSITORY/NAME, be there such a video or not."""
     from hourllava.memory import Repository
 
-    return is_memory_file(source) or (Repository.is_at(source.parent) and source.is_dir())
+    kept = Repository.is_at(source.parent) and (source.is_dir() or not source.exists())
+    return kept or is_memory_file(source)
 
 
 def is_memory_file(path: Path) -> bool:
