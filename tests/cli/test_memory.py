@@ -25,6 +25,9 @@ def test_a_repository(clip: str, model: str, tmp_path: Path, capfd: pytest.Captu
     assert f"00:{CLIP_SECONDS} of it new" in said("watch", clip, "--into", str(place), "--pages", *options)
     assert "00:00 of it new" in said("watch", clip, "--into", str(place), *options)  # gone on with, and complete
     said("watch", clip, "--into", str(place), "--name", "small", "--precision", "int8", *options)
+    other = ["watch", clip, "--into", str(place), *options, "--precision", "int8"]
+    assert "it is kept with bfloat16 features and ready pages; leave out" in said(*other, code=1)
+    assert "it is kept with int8 features and no ready pages" in said(*other, "--name", "small", "--pages", code=1)
     assert [line.split(":")[0] for line in said("memory", "list", str(place)).splitlines()] == ["clip", "small"]
     assert "int8" in said("memory", "info", str(place), "small")
     assert "2 videos are sound" in said("memory", "verify", str(place))

@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING
 
-from hourllava.errors import HourLlavaError
+from hourllava.errors import HourLlavaError, MemoryFileError
 
 if TYPE_CHECKING:
     from hourllava.memory import ShardedMemory, VideoMemory
@@ -61,16 +61,19 @@ def watch_into(
     repository = Repository(entry.parent)
     model = load_model(model_name)
     writer = FrameWriter(model)
-    is_new = entry.name not in [held.name for held in repository.videos()]
-    if is_new:
+    begun = repository.catalogue.find(entry.name)
+    if begun is None:
         memory = repository.add(entry.name, writer, precision, pages, name_of(video, absolute=True))
+    elif (pages and not begun.pages) or precision not in ("bfloat16", begun.precision):
+        why = f"it is kept with {begun.precision} features and {'' if begun.pages else 'no '}ready pages"
+        raise MemoryFileError(entry, why, "leave out --precision and --pages, or choose another --name")
     else:
         memory = repository.open(entry.name, writer)
     held = memory.frames
     try:
         model.watch(video, progress=progress, into=memory)
     except HourLlavaError:
-        if is_new and not memory.frames:
+        if begun is None and not memory.frames:
             memory.close()
             with contextlib.suppress(HourLlavaError, OSError):  # what went wrong first is what is told
                 repository.delete(entry.name)

@@ -215,13 +215,14 @@ class LiveReader:
     def _packets(self, container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
         """Packets as they come, beyond damage in the container, until the source ends or falls silent."""
         packets = container.demux(stream)
-        failures, silent, error = 0, False, None
+        failures, silent = 0, False
+        error: Exception | None = None
         while failures < MAX_DEMUX_ERRORS:
-            packet, error, asked = None, None, time.monotonic()
+            error, asked = None, time.monotonic()
             try:
-                packet = next(packets, None)
+                packet: Packet | None = next(packets, None)
             except (av.FFmpegError, IndexError) as caught:  # the latter where damage makes up a new stream halfway
-                error = caught
+                packet, error = None, caught
             silent = silent or time.monotonic() - asked >= self._idle
             if packet is not None:
                 failures = 0
@@ -257,7 +258,7 @@ class LiveReader:
                 todo = "check the address"
             if file is None and time.monotonic() - asked >= self._idle:
                 why, todo = f"nothing came within {self._idle:g} s", "check the address, and that it is sending"
-            if isinstance(error, av.error.ProtocolNotFoundError):
+            if isinstance(error, av.ProtocolNotFoundError):
                 scheme = self._source.partition(":")[0]
                 why, todo = f"the FFmpeg in PyAV does not speak {scheme}", "choose another way to send it"
             raise VideoError(self.name, why, todo) from error
