@@ -3,6 +3,7 @@
 
 import os
 import signal
+import socket
 import threading
 import time
 from fractions import Fraction
@@ -10,10 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from clips import write_clip
+from cameras import Camera, Http, Rtsp, serving
+from clips import cut, write_clip
 
 from hourllava.cli import main
 from hourllava.memory import Repository, VideoMemory, verify
+from hourllava.model import FrameWriter, load_model
+from hourllava.video import open_video
 
 SECONDS = 40
 
@@ -89,6 +93,62 @@ def test_a_signal_ends_it_and_the_memory_stays(
     assert main(["watch", str(live), "--into", str(place), "--model", model]) == 0
     assert main(["watch", str(tmp_path / "film.ts"), "--into", str(place), "--pages", "--model", model]) == 0
     assert_same(repository.open("live"), repository.open("film"))
+
+
+def test_a_camera_that_went_away_is_gone_on_with(model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The same command twice: what came before is there, and what comes then stands behind it."""
+    options = {"g": "20", "bf": "2"}
+    films = [
+        write_clip(tmp_path / f"{step}.ts", range(0, 90 * step, step), Fraction(1, 10), options=options)
+        for step in (1, 2)
+    ]
+    place = tmp_path / "memories"
+    with serving(Camera(Rtsp, *films)) as port:
+        command = ["watch", f"rtsp://me:secret@127.0.0.1:{port}/1", "--follow", "--into", str(place), "--name", "door"]
+        for new, seconds in ((9, 9), (18, 27)):
+            assert main([*command, "--model", model]) == 0
+            out, err = capfd.readouterr()
+            assert (
+                f"00:{seconds:02} of rtsp://127.0.0.1:{port}/1, 00:{new:02} of it new; the other side ended it" in out
+            )
+            assert (err, "secret" in out) == ("", False)
+            assert verify(Repository(place), "door") == []
+    watcher = load_model(model)
+    frames = [chunk.frames for path in films for chunk in open_video(path).chunks(64)]
+    both = Repository(place).add("both", FrameWriter(watcher))
+    watcher.watch(torch.cat(frames), progress=False, into=both)
+    assert_same(Repository(place).open("door", FrameWriter(watcher), append=False), both)
+
+
+def test_a_connection_that_breaks(film: bytes, model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "film.ts").write_bytes(film)
+    half, place = cut(tmp_path / "film.ts", tmp_path / "half.ts", 0.5), tmp_path / "memories"
+    with serving(Camera(Http, half, promised=len(film))) as port:
+        address = f"http://127.0.0.1:{port}/1"
+        command = ["watch", address, "--follow", "--into", str(place), "--name", "door", "--model", model]
+        assert main(command) == 3
+        out, err = capfd.readouterr()
+        held = Repository(place).videos()[0].frames
+        assert SECONDS // 4 < held < SECONDS
+        assert "of it new; it broke off (" in out
+        assert err.startswith(f"hourllava: {address}: it broke off (")
+        assert err.endswith("what came is kept, with --into the same command goes on with it\n")
+        assert err.count("\n") == 1
+        assert main(command) == 3
+    assert Repository(place).videos()[0].frames == 2 * held
+    assert verify(Repository(place), "door") == []
+
+
+def test_nobody_answers(model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """One line, and no empty video in the repository."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"rtsp://127.0.0.1:{server.getsockname()[1]}/1"
+        place = ["--into", str(tmp_path / "memories"), "--name", "door"]
+        assert main(["watch", address, "--follow", "--idle", "1", *place, "--model", model]) == 1
+    out, err = capfd.readouterr()
+    why = "nothing came within 1 s; check the address, and that it is sending"
+    assert (out, err) == ("", f"hourllava: {address}: {why}\n")
+    assert Repository(tmp_path / "memories").videos() == []
 
 
 def test_what_cannot_be_followed(model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 """`hourllava watch --into` and `hourllava memory`: a repository from the first film to the last."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from clips import CLIP_SECONDS
 from memories import full_disk
 
 from hourllava.cli import main
+from hourllava.memory import Repository
 
 QUESTION = "Which colour was the star?"
 
@@ -23,6 +25,9 @@ def test_a_repository(clip: str, model: str, tmp_path: Path, capfd: pytest.Captu
     assert f"00:{CLIP_SECONDS} of it new" in said("watch", clip, "--into", str(place), "--pages", *options)
     assert "00:00 of it new" in said("watch", clip, "--into", str(place), *options)  # gone on with, and complete
     said("watch", clip, "--into", str(place), "--name", "small", "--precision", "int8", *options)
+    other = ["watch", clip, "--into", str(place), *options, "--precision", "int8"]
+    assert "it is kept with bfloat16 features and ready pages; leave out" in said(*other, code=1)
+    assert "it is kept with int8 features and no ready pages" in said(*other, "--name", "small", "--pages", code=1)
     assert [line.split(":")[0] for line in said("memory", "list", str(place)).splitlines()] == ["clip", "small"]
     assert "int8" in said("memory", "info", str(place), "small")
     assert "2 videos are sound" in said("memory", "verify", str(place))
@@ -58,6 +63,32 @@ def test_a_full_disk(clip: str, model: str, tmp_path: Path, capfd: pytest.Captur
     assert main(["memory", "verify", str(place)]) == 0
     assert main(watch) == 0
     assert f"00:{CLIP_SECONDS} of it new" in capfd.readouterr().out
+
+
+def test_wrong_names(clip: str, model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """One line each, and nothing is written, in the repository or beside it."""
+    place, outside = tmp_path / "memories", tmp_path / "outside"
+    Repository(place)
+    watch, into = ["watch", clip, "--model", model], ["--into", str(place), "--name"]
+    for arguments, why in [
+        *[([*watch, *into, name], "is no name for a folder") for name in ("../x", "a/b", ".", "..", "", str(outside))],
+        ([*watch, *into, os.fsdecode(b"caf\xe9")], "only names and paths in UTF-8"),
+        (["watch", str(tmp_path / "no.mp4"), *into, "no", "--model", model], "there is no such file"),
+        ([*watch, "-o", str(outside), "--name", "x"], "they say how a repository keeps a video; give --into"),
+        ([*watch, "-o", str(outside), "--pages"], "they say how a repository keeps a video; give --into"),
+        (["ask", str(place), QUESTION, "--model", model], f"it holds many memories; name one, as {place}/NAME"),
+        (["ask", str(place / "clip"), QUESTION, "--model", model], f"no such video in {place}; it holds none"),
+        *[(["memory", action, str(place), ".."], "there is no such video") for action in ("info", "verify", "repair")],
+        (["memory", "delete", str(place), "../outside"], "there is no such video"),
+        (["memory", "export", str(place), "x", "-o", str(tmp_path / "no" / "x")], "there is no folder"),
+        (["memory", "export", str(place), "x", "-o", str(outside), "--model", model], "there is no such video"),
+    ]:
+        assert main(arguments) == 1, arguments
+        out, err = capfd.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert why in err
+    assert Repository(place).videos() == []
+    assert [path.name for path in tmp_path.iterdir()] == ["memories"]
 
 
 def test_no_repository(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

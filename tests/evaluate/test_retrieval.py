@@ -37,6 +37,16 @@ def test_rule_of_the_default() -> None:
         assert said in str(report_table(report).caption)
 
 
+def test_the_default_of_tiny_follows_from_its_report() -> None:
+    root = Path(__file__).parents[2]
+    told = json.loads(max((root / "benchmarks/results").glob("retrieval-*.json")).read_text())
+    report = RetrievalReport(*(told[name] for name in ("films", "seconds", "questions", "mode", "tile")))
+    report.parts = [Part(**row) for row in told["parts"]]
+    assert [row.part for row in report.parts] == [1, *PARTS]
+    config = json.loads((root / "python/hourllava/presets/tiny/config.json").read_text())
+    assert (told["model"], told["seconds"], config["memory_budget"]) == ("tiny", 3600, report.default)
+
+
 def test_recall_is_the_exact_attention_on_the_pages_read() -> None:
     def answer(page_mass: list[list[float]]) -> Answer:
         return Answer("", [], torch.zeros(1), {}, [], torch.tensor(page_mass))
@@ -81,3 +91,5 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert image.format == "PNG"
     assert main(["retrieval-report", *options, "--plot", str(tmp_path / "report.svg")]) == 1
     assert "let its name end in .png" in capsys.readouterr().err
+    assert main(["retrieval-report", "--seconds", "39"]) == 1
+    assert "films of 39 s have no room for what is asked of them; give at least 40" in capsys.readouterr().err

@@ -6,6 +6,7 @@
 
 import os
 import random
+import select
 import signal
 import sys
 import tempfile
@@ -28,8 +29,9 @@ def write_until_killed(folder, acknowledge):
         os.write(acknowledge, memory.frames.to_bytes(8, "little"))
 
 
-def kill_a_writer(folder, after):
-    """Fork a writer, kill it after so many seconds, and return the last number of frames that it acknowledged."""
+def kill_a_writer(folder, after, wait):
+    """Fork a writer, kill it so many seconds after it began, or after its first commit if told to wait for that, and
+    return the last number of frames that it acknowledged."""
     told, acknowledge = os.pipe()
     child = os.fork()
     if child == 0:
@@ -39,6 +41,8 @@ def kill_a_writer(folder, after):
         finally:
             os._exit(1)
     os.close(acknowledge)
+    if wait:
+        select.select([told], [], [])
     time.sleep(after)
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
@@ -57,8 +61,10 @@ def survive(folder, kills, seed=0):
         if kill % 25 == 0:
             repository.add("film", SmallWriter(), pages=kill % 50 == 0)
             held = 0
-        acknowledged = kill_a_writer(repository.folder, rng.random() * 0.15)
+        wait = kill % 2 == 0
+        acknowledged = kill_a_writer(repository.folder, rng.random() * 0.15, wait)
         frames = repository.videos()[0].frames
+        assert frames > held or not wait, f"kill {kill} hit a writer that had done nothing"
         assert frames >= max(acknowledged, held), (
             f"kill {kill}: {acknowledged} frames were committed, {frames} are there"
         )

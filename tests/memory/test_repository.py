@@ -139,6 +139,11 @@ def test_names(tmp_path):
     for name in ("", "a/b", ".hidden", ".."):
         with pytest.raises(MemoryFileError, match="no name for a folder"):
             repository.add(name, SmallWriter())
+    foreign = os.fsdecode(b"caf\xe9")
+    for use in (lambda: repository.add(foreign, SmallWriter()), lambda: repository.open(foreign)):
+        with pytest.raises(MemoryFileError, match="only names and paths in UTF-8; rename the file"):
+            use()
+    assert [video.name for video in repository.videos()] == ["film"]
     with pytest.raises(MemoryFileError, match="there is a video of that name"):
         repository.add("film", SmallWriter())
     with pytest.raises(MemoryFileError, match=r"there is no such video.*it holds film"):

@@ -40,6 +40,9 @@ def pages_of(budget, frames=SECONDS, seconds=SECONDS, per_frame=64):
         ("9000s", Budget(seconds=9000), page_count(SECONDS, 64)),
         ("1/16", Budget(part=16), -(-page_count(SECONDS, 64) // 16)),
         ("1/9999", Budget(part=9999), 1),
+        (f"1/{10**17}", Budget(part=10**17), 1),
+        (f"{10**17}p", Budget(pages=10**17), page_count(SECONDS, 64)),
+        (f"{10**30}s", Budget(seconds=1e30), page_count(SECONDS, 64)),
     ],
 )
 def test_forms(text, budget, pages):
@@ -52,7 +55,7 @@ def test_seconds_of_a_repeated_video():
     assert pages_of(Budget(seconds=5), frames=128, seconds=10).pages == page_count(64, 64)
 
 
-@pytest.mark.parametrize("text", ["", "60", "p", "0p", "0s", "1/0", "-4p", "1/2p", "sixty seconds"])
+@pytest.mark.parametrize("text", ["", "60", "p", "0p", "0s", "1/0", "-4p", "1/2p", "sixty seconds", "9" * 5000 + "p"])
 def test_what_is_no_budget(text):
     with pytest.raises(InputError, match="write pages as 128p, seconds as 60s"):
         Budget.parse(text)
@@ -70,6 +73,8 @@ def test_bad_choices():
             Budget(pages=4, keep=(span,))
     with pytest.raises(InputError, match="takes 77 pages, and the budget is 4"):
         pages_of(Budget(pages=4, keep=((0, 1e9),)))
+    with pytest.raises(InputError, match="no second 150 to be always read, the video has 150; name seconds of the"):
+        pages_of(Budget(pages=40, keep=((3, 5), (150, 151))))
 
 
 def test_kept_pages_hold_the_spans():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hourllava.cli.watch import check_picture, take_in, warn_of_loss
-from hourllava.errors import QuestionError
+from hourllava.errors import MemoryFileError, QuestionError
 
 if TYPE_CHECKING:
     from hourllava.memory import ShardedMemory, VideoMemory
@@ -45,9 +45,12 @@ def ask(request: AskRequest) -> bool:
 
     from hourllava.cli.evidence import film_of, write_contact_sheet
     from hourllava.cli.together import processes, take_part
+    from hourllava.memory import Repository
     from hourllava.model import Subtitles, load_model
     from hourllava.model.budget import ALL, as_budget
 
+    if Repository.is_at(request.video):
+        raise MemoryFileError(request.video, "it holds many memories", f"name one, as {request.video}/NAME")
     subtitles = Subtitles.read(request.subtitles) if request.subtitles else Subtitles(())
     model = load_model(request.model)
     with processes() as rank:

@@ -310,11 +310,15 @@ def _ask(args: argparse.Namespace) -> int:
 
 def _watch(args: argparse.Namespace) -> int:
     from hourllava.cli.watch import stopping, watch, watch_into
+    from hourllava.memory.repository import check_name
     from hourllava.video import LiveReader, is_url
 
     progress = args.progress or sys.stderr.isatty()
     if is_url(args.video) and not args.follow:
         raise HourLlavaError(args.video, "it is an address and no file", "add --follow")
+    if args.into is None and (args.name or args.pages or args.precision != "bfloat16"):
+        why, todo = "they say how a repository keeps a video", "give --into and no --output"
+        raise HourLlavaError("--name, --pages and --precision", why, todo)
     if is_url(args.video) and args.into is not None and args.name is None:
         raise HourLlavaError(args.video, "a stream has no file's name to be called by", "add --name")
     with stopping() if args.follow else nullcontext() as stop:
@@ -322,7 +326,8 @@ def _watch(args: argparse.Namespace) -> int:
         if args.into is None:
             lost = watch(video, args.output, args.model, progress)
         else:
-            name = args.name or Path(args.video).stem
+            name = Path(args.video).stem if args.name is None else args.name
+            check_name(name)
             lost = watch_into(args.into / name, video, args.model, args.precision, args.pages, progress)
     return EXIT_LOSS if lost else EXIT_OK
 

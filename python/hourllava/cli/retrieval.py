@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hourllava.cli.watch import check_picture
+from hourllava.errors import HourLlavaError
 
 if TYPE_CHECKING:
     from hourllava.evaluate import RetrievalReport
+
+
+SHORTEST = 40  # seconds of a film in which eight events find their places
 
 
 def retrieval_report(args: argparse.Namespace) -> int:
@@ -20,6 +24,9 @@ def retrieval_report(args: argparse.Namespace) -> int:
     Raises:
         HourLlavaError: the picture cannot be written, or there is no such model.
     """
+    if args.seconds < SHORTEST:
+        why = f"films of {args.seconds} s have no room for what is asked of them"
+        raise HourLlavaError("--seconds", why, f"give at least {SHORTEST}")
     if args.plot:
         check_picture(args.plot)
     from rich.console import Console

@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING
 
-from hourllava.errors import HourLlavaError
+from hourllava.errors import HourLlavaError, MemoryFileError
 
 if TYPE_CHECKING:
     from hourllava.memory import ShardedMemory, VideoMemory
@@ -37,9 +37,10 @@ def watch(video: "Path | LiveReader", output: Path, model_name: str, progress: b
     began = time.perf_counter()
     memory.save(output)
     times["save"] = time.perf_counter() - began
-    print(f"{output}: the memory of {clock(memory.frames)} of {name_of(video)}, {output.stat().st_size / 1e6:.1f} MB")
+    size = f"{output.stat().st_size / 1e6:.1f} MB"
+    print(f"{output}: the memory of {clock(memory.frames)} of {name_of(video)}, {size}{how_it_ended(video)}")
     print_times(times)
-    return warn_of_loss(memory)
+    return warn_of_loss(memory, video)
 
 
 def watch_into(
@@ -60,15 +61,27 @@ def watch_into(
     repository = Repository(entry.parent)
     model = load_model(model_name)
     writer = FrameWriter(model)
-    if entry.name in [held.name for held in repository.videos()]:
-        memory = repository.open(entry.name, writer)
-    else:
+    begun = repository.catalogue.find(entry.name)
+    if begun is None:
         memory = repository.add(entry.name, writer, precision, pages, name_of(video, absolute=True))
+    elif (pages and not begun.pages) or precision not in ("bfloat16", begun.precision):
+        why = f"it is kept with {begun.precision} features and {'' if begun.pages else 'no '}ready pages"
+        raise MemoryFileError(entry, why, "leave out --precision and --pages, or choose another --name")
+    else:
+        memory = repository.open(entry.name, writer)
     held = memory.frames
-    model.watch(video, progress=progress, into=memory)
-    print(f"{entry}: {clock(memory.frames)} of {name_of(video)}, {clock(memory.frames - held)} of it new")
+    try:
+        model.watch(video, progress=progress, into=memory)
+    except HourLlavaError:
+        if begun is None and not memory.frames:
+            memory.close()
+            with contextlib.suppress(HourLlavaError, OSError):  # what went wrong first is what is told
+                repository.delete(entry.name)
+        raise
+    new = f"{clock(memory.frames - held)} of it new{how_it_ended(video)}"
+    print(f"{entry}: {clock(memory.frames)} of {name_of(video)}, {new}")
     print_times({word: memory.timings[stage] for stage, word in STAGES.items()})
-    return warn_of_loss(memory)
+    return warn_of_loss(memory, video)
 
 
 def name_of(video: "Path | LiveReader", absolute: bool = False) -> str:
@@ -76,6 +89,11 @@ def name_of(video: "Path | LiveReader", absolute: bool = False) -> str:
     if isinstance(video, Path):
         return str(video.absolute() if absolute else video)
     return video.path or video.name if absolute else video.name
+
+
+def how_it_ended(video: "Path | LiveReader") -> str:
+    """What a line about a source that was followed ends with."""
+    return "" if isinstance(video, Path) or video.ending is None else f"; {video.ending}"
 
 
 @contextlib.contextmanager
@@ -128,10 +146,11 @@ def take_in(
 
 
 def is_kept(source: Path) -> bool:
-    """Whether a path means a memory and no video: a memory file, or REPOSITORY/NAME."""
+    """Whether a path means a memory and no video: a memory file, or REPOSITORY/NAME, be there such a video or not."""
     from hourllava.memory import Repository
 
-    return is_memory_file(source) or (Repository.is_at(source.parent) and source.is_dir())
+    kept = Repository.is_at(source.parent) and (source.is_dir() or not source.exists())
+    return kept or is_memory_file(source)
 
 
 def is_memory_file(path: Path) -> bool:
@@ -165,8 +184,11 @@ def check_output(path: Path) -> None:
         raise HourLlavaError(path, "there is no permission to write there", "choose another place")
 
 
-def warn_of_loss(memory: "VideoMemory | ShardedMemory") -> bool:
-    """Say in one line on stderr what of the video could not be read, if anything; True if there was."""
-    if memory.damage:
-        print(f"hourllava: {memory.damage}", file=sys.stderr)
-    return bool(memory.damage)
+def warn_of_loss(memory: "VideoMemory | ShardedMemory", video: "Path | LiveReader | None" = None) -> bool:
+    """Say in one line each on stderr what of the video could not be read, and that a stream broke off; True if so."""
+    lost = [memory.damage] if memory.damage else []
+    if video is not None and not isinstance(video, Path) and video.broken:
+        lost.append(f"{video.name}: {video.ending}; what came is kept, with --into the same command goes on with it")
+    for line in lost:
+        print(f"hourllava: {line}", file=sys.stderr)
+    return bool(lost)

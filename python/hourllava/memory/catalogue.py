@@ -217,6 +217,9 @@ class Catalogue:
         except sqlite3.DatabaseError as error:
             todo = "free some space, or run `hourllava memory verify`"
             raise MemoryFileError(self.path, f"the catalogue cannot be used ({error})", todo) from error
+        except UnicodeEncodeError as error:  # a name or path of other bytes
+            why, todo = "it can hold only names and paths in UTF-8", "rename the file, or choose another name"
+            raise MemoryFileError(error.object, why, todo) from error
 
 
 def _video(row: tuple) -> Video:

@@ -56,7 +56,7 @@ class Budget:
         Raises:
             InputError: it is none of these.
         """
-        found = re.fullmatch(r"(?P<pages>\d+)p|(?P<seconds>\d+(\.\d+)?)s|1/(?P<part>\d+)", text.strip())
+        found = re.fullmatch(r"(?P<pages>\d{1,18})p|(?P<seconds>\d+(\.\d+)?)s|1/(?P<part>\d{1,18})", text.strip())
         if found is None:
             raise InputError("budget", f"{text!r} is no budget", f"{FORMS}, or all to read all of it")
         pages, seconds, part = (found[name] for name in ("pages", "seconds", "part"))
@@ -74,9 +74,13 @@ class Budget:
             pages: where the memory lies; its table lists every page in order.
 
         Raises:
-            InputError: what is always read does not fit.
+            InputError: what is always read does not fit, or is no part of the video.
         """
         most, kept = self.most(seconds, len(second), per_frame), None
+        for start, _ in self.keep:
+            if start >= seconds:
+                why = f"there is no second {start:g} to be always read, the video has {seconds}"
+                raise InputError("budget", why, "name seconds of the video")
         if self.keep:
             kept = torch.zeros(len(pages.page_lengths), dtype=torch.bool, device=second.device)
             kept[pages.page_table[0, self._kept_pages(second, per_frame)].to(torch.int64)] = True
@@ -88,10 +92,11 @@ class Budget:
 
     def most(self, seconds: int, frames: int, per_frame: int) -> int:
         """Pages that may be read of a memory of so many frames, which show a video of so many seconds."""
+        every = page_count(frames, per_frame)
         if self.pages is not None:
-            return self.pages
+            return min(self.pages, every)
         if self.part is not None:
-            return math.ceil(page_count(frames, per_frame) / self.part)
+            return -(-every // self.part)
         assert self.seconds is not None
         return page_count(math.ceil(min(self.seconds / seconds, 1) * frames), per_frame)
 

@@ -112,7 +112,7 @@ def plan(
         dtype=str(dtype).removeprefix("torch."),
         queries=queries,
         pages=asked,
-        pages_read=asked if budget is None else min(asked, budget.most(frames, remembered, shape.per_frame)),
+        pages_read=asked if budget is None else budget.most(frames, remembered, shape.per_frame),
         device={
             "weights": _weights(config) * dtype.itemsize,
             "pages": pages,

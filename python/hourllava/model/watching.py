@@ -192,6 +192,7 @@ def _take_in(
     elif isinstance(source, LiveReader):
         memory.source = source.path
     memory.reserve(expected or 0)
+    before = memory.damage
     chunks = _chunks(opened, model.config.vision_config.image_size)
     if not (isinstance(opened, LiveReader) and opened.path is None):  # a stream does not begin again
         chunks = _after(memory.frames, chunks)
@@ -205,7 +206,7 @@ def _take_in(
             if isinstance(opened, VideoReader):
                 memory.damage = opened.report.message
             elif isinstance(opened, LiveReader):
-                memory.damage = opened.message
+                memory.damage = opened.message or (before if opened.path is None else None)
             memory.append(frames)
             bar.update(len(frames))
             del frames  # or it would be there until the next chunk has been made

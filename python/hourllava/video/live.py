@@ -46,7 +46,8 @@ class LiveReader:
 
     Args:
         source: a file that grows, in a format that can be read before it is whole (fragmented MP4, MPEG-TS, Matroska);
-            a pipe; or the address of a stream that FFmpeg opens (http, https, rtsp, rtmp, srt, tcp, udp).
+            a pipe; or the address of a stream that PyAV's FFmpeg opens (http, https, rtsp, rtmp, tcp, udp; srt where
+            it was built with libsrt).
         idle: seconds without any data after which the video counts as ended.
         stop: once it is set, the video ends with the seconds that are complete.
 
@@ -54,6 +55,8 @@ class LiveReader:
         path: the file's absolute path, or None for a stream.
         name: what to call the source: its path, or its address without a password.
         lost: pictures that could not be decoded.
+        ending: how it ended, for the end of a sentence; None until then.
+        broken: whether it ended with an error, and not in silence or as told.
 
     Raises:
         VideoError: there is no such file, or the address is of no known kind.
@@ -63,6 +66,8 @@ class LiveReader:
         self.name = re.sub(r"//[^/@]*@", "//", os.fspath(source))
         self.path: str | None = None
         self.lost = 0
+        self.ending: str | None = None
+        self.broken = False
         self._source, self._idle, self._stop = os.fspath(source), idle, stop or Event()
         if not is_url(source):
             self._check_file(Path(source))
@@ -190,7 +195,7 @@ class LiveReader:
         """Sound pictures in order of presentation, from the first key picture on."""
         first_key: int | None = None
         skipping = True
-        for packet in self._packets(container, stream):
+        for packet in _timed(self._packets(container, stream)):
             if self._stop.is_set():
                 return  # what still waits for its turn has holes
             begins = packet.is_keyframe and not packet.is_corrupt
@@ -209,20 +214,36 @@ class LiveReader:
 
     def _packets(self, container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
         """Packets as they come, beyond damage in the container, until the source ends or falls silent."""
-        failures = 0
+        packets = container.demux(stream)
+        failures, silent = 0, False
+        error: Exception | None = None
         while failures < MAX_DEMUX_ERRORS:
+            error, asked = None, time.monotonic()
             try:
-                for packet in container.demux(stream):
-                    failures = 0
-                    yield packet
-                return
-            except (av.InvalidDataError, IndexError):  # the latter where damage makes up a new stream halfway
+                packet: Packet | None = next(packets, None)
+            except (av.FFmpegError, IndexError) as caught:  # the latter where damage makes up a new stream halfway
+                packet, error = None, caught
+            silent = silent or time.monotonic() - asked >= self._idle
+            if packet is not None:
+                failures = 0
+                yield packet
+            elif isinstance(error, av.InvalidDataError | IndexError) and not silent:
                 failures += 1
-            except av.FFmpegError:
-                return  # the net: no answer in time, or a connection that broke
+                packets = container.demux(stream)
+            else:
+                break  # the end; or the net: nothing came in time, or a connection broke
+        self.broken = error is not None and not silent and not self._stop.is_set()
+        if self._stop.is_set():
+            self.ending = "it was told to stop"
+        elif silent:
+            self.ending = f"nothing came for {self._idle:g} s"
+        else:
+            why = getattr(error, "strerror", None) or error
+            self.ending = f"it broke off ({why})" if error else "the other side ended it"
 
     def _open(self) -> tuple[InputContainer, VideoStream, "_Growing | None"]:
         file = None if is_url(self._source) else _Growing(Path(self._source), self._idle, self._stop)
+        asked = time.monotonic()
         try:
             if file is None:
                 container = av.open(self._source, "r", metadata_errors="replace", timeout=self._idle)
@@ -233,10 +254,32 @@ class LiveReader:
             todo = (
                 "a file that grows must be fragmented MP4, MPEG-TS or Matroska; a whole one is watched without --follow"
             )
-            raise VideoError(self.name, why, "check the address" if file is None else todo) from error
+            if file is None:
+                todo = "check the address"
+            if file is None and time.monotonic() - asked >= self._idle:
+                why, todo = f"nothing came within {self._idle:g} s", "check the address, and that it is sending"
+            if isinstance(error, av.ProtocolNotFoundError):
+                scheme = self._source.partition(":")[0]
+                why, todo = f"the FFmpeg in PyAV does not speak {scheme}", "choose another way to send it"
+            raise VideoError(self.name, why, todo) from error
         stream = find_stream(container, self.name)
         stream.codec_context.options = {"err_detect": "explode"}  # as the reader of whole files does
         return container, stream, file
+
+
+def _timed(packets: Iterator[Packet]) -> Iterator[Packet]:
+    """Packets with a time: those without, as the first of RTSP often is in FFmpeg, get that of the next."""
+    waiting: list[Packet] = []
+    for packet in packets:
+        waiting.append(packet)
+        time = packet_time(packet)
+        if packet.size and time is None:
+            continue
+        for early in waiting[:-1]:
+            early.pts = time
+        yield from waiting
+        waiting = []
+    yield from waiting
 
 
 class _Growing:
