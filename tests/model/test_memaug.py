@@ -81,14 +81,13 @@ def test_fullgraph_compile():
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("budget", [None, 2])
+@pytest.mark.parametrize("budget", [None, PageBudget(2), PageBudget(2, tile=3)])
 @pytest.mark.parametrize("evidence", [False, True])
 def test_nothing_waits_for_the_device(budget, evidence):
     """Tensors without data go through: what would make the host read one, or a shape depend on one, is an error."""
     memaug, queries, stream, tokens, layout = make_case((7, 4), (5, 3))
     pages = memaug.write(tokens, layout)
-    pages_read = PageBudget(budget) if budget else None
-    use = MemoryUse(budget=pages_read, mass_weight=torch.rand(len(queries)) if evidence else None)
+    use = MemoryUse(budget=budget, mass_weight=torch.rand(len(queries)) if evidence else None)
     expected = memaug(queries, stream, pages, use)
     mode = FakeTensorMode()
 
