@@ -23,9 +23,9 @@ out=${1:-$root/benchmarks/results}
 "$python" -c 'import torch' 2>/dev/null || refuse "$python has no torch" "name one that has: PYTHON=... benchmarks/gpu.sh"
 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
     refuse "torch sees no GPU" "run it on a machine that has one"
-# The programs of a virtual environment lie beside its interpreter, on the PATH or not.
+# The programs of a virtual environment lie beside its interpreter, and CUDA's in a folder of theirs, on the PATH or not.
 beside=$("$python" -c 'import os, sys; print(os.path.dirname(sys.executable))')
-PATH=${beside:+$beside:}$PATH
+PATH=${beside:+$beside:}$PATH:/usr/local/cuda/bin
 missing=$("$python" -c 'from importlib.util import find_spec as find
 print(*(name for name in ("triton", "pytest", "pytest_benchmark") if find(name) is None))')
 [[ -z $missing ]] || refuse "$python lacks $missing" "install what is missing"
@@ -36,6 +36,14 @@ export PYTHONPATH=$root:$root/python${PYTHONPATH:+:$PYTHONPATH}
 library=$root/hourllava_ext/_C.abi3.so
 
 has() { "$python" -c "import $1" 2>/dev/null; }
+why_not() { "$python" -c "import $1" 2>&1 | tail -n 1; }
+# Whether the checker can look into this device, which in some virtual machines it cannot: a context and an allocation.
+checked() {
+    timeout 10 compute-sanitizer --error-exitcode 9 "$python" -c 'import ctypes
+cuda, context, memory = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(), ctypes.c_uint64()
+failed = cuda.cuInit(0) or cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0) or cuda.cuCtxSetCurrent(context)
+raise SystemExit(bool(failed or cuda.cuMemAlloc_v2(ctypes.byref(memory), ctypes.c_size_t(256))))'
+}
 
 summary=()
 status=0
@@ -75,31 +83,33 @@ fi
 export FAIL_WITHOUT_CUDA=1
 tests=("$python" -m pytest -q -p no:cacheprovider --continue-on-collection-errors)
 files=(tests/gpu/test_kernels.py tests/gpu/test_attention.py tests/gpu/test_emulated.py::test_pool_beyond_32_bits)
-if has av && has transformers; then
+if has hourllava.model; then
     files+=(tests/gpu/test_block.py)
 else
-    leave_out block "PyAV or transformers is not installed"
+    leave_out block "$(why_not hourllava.model)"
 fi
 parallel=()
 has xdist && parallel=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
 step tests 140 "${tests[@]}" ${parallel[@]+"${parallel[@]}"} "${files[@]}"
-if has nvidia.dali && has av; then
+if has nvidia.dali && has hourllava.model; then
     step decoder 30 "${tests[@]}" tests/video/test_dali.py -k cuda
 else
-    leave_out decoder "DALI or PyAV is not installed"
+    leave_out decoder "DALI is not installed, or the model's tests are left out"
 fi
-if command -v compute-sanitizer >/dev/null; then
+if ! command -v compute-sanitizer >/dev/null; then
+    leave_out sanitizer "there is no compute-sanitizer here"
+elif ! said=$(checked 2>&1); then
+    leave_out sanitizer "it cannot look into this device: $(grep -m 1 Error <<<"$said")"
+else
     # One small case of each operator, with every tensor in an allocation of its own.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 step sanitizer 50 \
         compute-sanitizer --tool memcheck --target-processes all --error-exitcode 9 \
         "${tests[@]}" tests/gpu/test_kernels.py tests/gpu/test_attention.py \
         -k "library and float32 and (shape0 or (retrieve and apart and both) or shared_pages)"
-else
-    leave_out sanitizer "there is no compute-sanitizer here"
 fi
 measure=("$python" -m pytest -q -p no:cacheprovider --device cuda --results "$out" --benchmark-disable-gc
     "--benchmark-columns=median,rounds" --benchmark-min-rounds=5 -rs)
-step hour 70 "${measure[@]}" --benchmark-max-time=0.3 benchmarks/ops/paged_attention.py -k bench_hour
+step hour 90 "${measure[@]}" --benchmark-max-time=0.3 benchmarks/ops/paged_attention.py -k bench_hour
 step operators 100 "${measure[@]}" --benchmark-max-time=0.1 benchmarks/ops/*.py -k "not bench_hour"
 
 printf '%s\n' "" "step         time     result" "${summary[@]}" "results and logs: $out" | tee "$out/summary.txt"

@@ -15,8 +15,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMESPACE = "hourllava_emulated"
-# In which the threads of a block take turns: ascending, descending, odd ones first.
+# In which the threads of a block take turns: ascending, descending, odd ones first. None take any: a launch is checked.
 ORDERS = (0, 1, 2)
+NO_THREADS = -1
 
 
 def tool(name: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hourllava_ext import library
 
@@ -136,6 +137,18 @@ def on(device: str, function: Callable[..., Any]) -> Callable[..., Any]:
         return tuple(move(o, "cpu") for o in out) if isinstance(out, tuple) else move(out, "cpu")
 
     return moved
+
+
+class Called(TorchDispatchMode):
+    """Names of the operators that run while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name().removesuffix(".default"))
+        return func(*args, **(kwargs or {}))
 
 
 def leaf(*shape: int, dtype: torch.dtype) -> Tensor:

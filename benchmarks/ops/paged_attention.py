@@ -130,6 +130,7 @@ def bench_part_of_the_pages(benchmark: Any, pages: int) -> None:
 
 # A question about an hour: 512 frames of 16 tokens and a newline, and 96 words; 234,000 rows of memory.
 HOUR_QUERIES, HOUR_PAGES = 512 * 17 + 96, 1829
+HOUR_EXPECTED: dict[int, Tensor] = {}  # by the part of the pages that is read
 
 
 def make_hour(step: str, part: int) -> Bench:
@@ -169,7 +170,14 @@ def make_hour(step: str, part: int) -> Bench:
     rows = table.shape[1] * PAGE
     flop = 4.0 * HOUR_QUERIES * query_heads * rows * width * (3.5 if training else 1)
     work = Work(bytes=size_of(query, query) + 4.0 * rows * key_heads * width, flop=flop)
-    shape, expected = f"3B, an hour, 1/{part} of the pages", lambda: attention_in_parts(*args)
+
+    def expected() -> Tensor:
+        # Every benchmark draws the same numbers, and the reference takes longer than what is measured.
+        if part not in HOUR_EXPECTED:
+            HOUR_EXPECTED[part] = attention_in_parts(*args)
+        return HOUR_EXPECTED[part]
+
+    shape = f"3B, an hour, 1/{part} of the pages"
     return Bench("paged_attention", step, shape, torch.bfloat16, work, ways, tolerance(torch.bfloat16), agree, expected)
 
 

@@ -243,12 +243,12 @@ __device__ void join_splits(const RetrieveParams<T>& p, const Retrieval<T>& w, c
     memory.joint[threadIdx.x] = row < tile.rows ? joint : INFINITY;
 }
 
-// Block: page tile, part, sample. What the rows of the part give to each page.
+// Block: sample, part, page tile. What the rows of the part give to each page.
 template <class T>
 __global__ void score(RetrieveParams<T> p, Retrieval<T> w) {
     __shared__ TileMemory memory;
     __shared__ float sums[kTile / kSide][kTile];
-    const int64_t first_page = static_cast<int64_t>(blockIdx.x) * kTile, part = blockIdx.y, sample = blockIdx.z;
+    const int64_t sample = blockIdx.x, part = blockIdx.y, first_page = static_cast<int64_t>(blockIdx.z) * kTile;
     const int64_t head = part % p.key_heads, share = part / p.key_heads, found = w.found[sample];
     if (first_page >= found) return;
     const int lane = threadIdx.x / (kTile / kSide), page = threadIdx.x % (kTile / kSide) * kSide;
@@ -362,7 +362,7 @@ void retrieve_cuda(const RetrieveParams<T>& p, void* scratch, Stream stream) {
     launch(order_pages<T>, {p.batch}, kThreads, stream, p, w);
     const int64_t row_tiles = divide_up(w.rows, kTile) + p.batch, page_tiles = divide_up(p.listed, kTile);
     launch(normalize<T>, {row_tiles, p.key_heads, w.splits}, kThreads, stream, p, w);
-    launch(score<T>, {page_tiles, w.parts(p), p.batch}, kThreads, stream, p, w);
+    launch(score<T>, {p.batch, w.parts(p), page_tiles}, kThreads, stream, p, w);
     launch(choose<T>, {p.batch}, kThreads, stream, p, w);
 }
 

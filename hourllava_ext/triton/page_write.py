@@ -35,12 +35,12 @@ def _write(
     cosine, sine = rotation(position, dim, inv_freq, FREQUENCIES, key.dtype.element_ty)
     for head in range(heads):
         to = (((page * heads + head) * page_size + row) * WIDTH)[:, None] + dim[None, :]
-        rows = key + (token * key_token_stride + head * key_head_stride)[:, None]
+        rows = key + (token * key_token_stride + tl.cast(head, tl.int64) * key_head_stride)[:, None]
         a = tl.load(rows + dim[None, :], mask=inside)
         b = tl.load(rows + other[None, :], mask=inside)
         turned = turn(a, b, cosine, sine, dim, FREQUENCIES)
         tl.store(key_pages + to, turned.to(key_pages.dtype.element_ty), mask=inside)
-        rows = value + (token * value_token_stride + head * value_head_stride)[:, None]
+        rows = value + (token * value_token_stride + tl.cast(head, tl.int64) * value_head_stride)[:, None]
         tl.store(value_pages + to, tl.load(rows + dim[None, :], mask=inside), mask=inside)
 
 

@@ -50,8 +50,10 @@ class Shape:
 
     @property
     def block_n(self) -> int:
-        """Keys at a time: half a page of 128 rows in the 3B model, so that every GPU has the shared memory."""
-        return min(self.rows_in(16384), cover(self.page_size, 16))
+        """Keys at a time: half a page of 128 rows in the 3B model, so that every GPU has the shared memory, where the
+        weights of a tile may lie beside its queries, keys and values.
+        """
+        return min(self.rows_in(16384), 256 // self.element_size, cover(self.page_size, 16))
 
     @property
     def block_m(self) -> int:
@@ -144,9 +146,10 @@ def _mass(
     tokens, listed, page_size, query_heads, key_heads,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    place = tl.program_id(0)
+    entry = tl.program_id(0)  # of the table
     head = tl.program_id(1)
-    sample = tl.program_id(2)
+    sample = entry // listed
+    place = entry % listed
     row_of_table = sample.to(tl.int64) * listed
     first_token = tl.load(cu_seqlens + sample)
     rows = (tl.load(cu_seqlens + sample + 1) - first_token) * GROUP
@@ -154,7 +157,7 @@ def _mass(
     weights = tl.zeros((BLOCK_M,), tl.float32)
     parts = (page_size + BLOCK_N - 1) // BLOCK_N
     d = tl.arange(0, BLOCK_D)
-    if tl.load(page_table + row_of_table + place) >= 0:
+    if tl.load(page_table + entry) >= 0:
         for row in range(0, rows, BLOCK_M):
             token, query_head, exists = query_rows(first_token, row, rows, head, query_heads, GROUP, BLOCK_M)
             weight = tl.load(mass_weight + token, mask=exists, other=0.0)
@@ -176,7 +179,7 @@ def _mass(
     # The weights of tokens were counted once for each head of the group, and so were the shares.
     divisor = tl.sum(weights, 0) * key_heads
     share = tl.where(divisor == 0, 0.0, tl.sum(total, 0) / tl.where(divisor == 0, 1.0, divisor))
-    tl.store(mass + (sample.to(tl.int64) * listed + place) * key_heads + head, share)
+    tl.store(mass + entry.to(tl.int64) * key_heads + head, share)
 
 
 def checked(op: str, tensors: list[Tensor], **more: tuple[Tensor, str, tuple[torch.dtype, ...]]) -> Shape:
@@ -248,7 +251,7 @@ def paged_attention(
         return out, lse, lse.new_empty(0, shape.listed)
     shares = lse.new_empty(shape.batch, shape.listed, shape.key_heads)
     block_m = min(64, shape.block_m)
-    _mass[(shape.listed, shape.key_heads, shape.batch)](
+    _mass[(shape.batch * shape.listed, shape.key_heads)](
         rope(query, position_ids, inv_freq), key_pages, ascending, page_lengths, cu_seqlens, lse,
         mass_weight.contiguous(), shares, scale, shape.tokens, shape.listed, *sizes,
         shape.group, shape.width, block_m, shape.block_n, shape.block_d, num_warps=4, num_stages=2,

@@ -14,8 +14,8 @@ from hourllava_ext.triton.arguments import BOOL, INT32, INT64, ROWS, WIDE, check
 from hourllava_ext.triton.common import cover, find_tile
 from hourllava_ext.triton.rope import rope
 
-TILE_ROWS = 32  # tokens x heads of a group
-TILE_PAGES = 32
+TILE = 32  # rows, tokens x heads of a group, by so many pages
+TILE_NUMBERS = 4096  # that a tile has of its rows' dims, and of its pages', so that every GPU has the shared memory
 NO_PAGE = 2**31 - 1
 
 
@@ -76,11 +76,11 @@ def _score(
     GROUP: tl.constexpr, WIDTH: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    first_page = tl.program_id(0) * BLOCK_P
+    sample = tl.program_id(0)
     share = tl.program_id(1)  # of a sample's row tiles, and which key head
+    first_page = tl.program_id(2) * BLOCK_P
     shares = tl.num_programs(1) // key_heads
     head = share % key_heads
-    sample = tl.program_id(2)
     token = tl.load(cu_seqlens + sample)
     rows = (tl.load(cu_seqlens + sample + 1) - token) * GROUP
     score = tl.zeros((BLOCK_P,), tl.float32)
@@ -141,14 +141,16 @@ def _scores(tensors: list[Tensor], cu_seqlens: Tensor, dims: tuple[int, int]) ->
     query, key_summary, page_table, _ = tensors
     (tokens, heads, width), key_heads, (batch, listed) = query.shape, key_summary.shape[1], page_table.shape
     group, scale = heads // key_heads, width**-0.5
-    blocks = TILE_ROWS, TILE_PAGES, cover(dims[1] - dims[0], 16)
+    block_d = cover(dims[1] - dims[0], 16)
+    tile = max(16, min(TILE, TILE_NUMBERS // block_d))
+    blocks = tile, tile, block_d
     lse = query.new_empty(key_heads, tokens * group, dtype=torch.float32)
-    _normalize[(triton.cdiv(tokens * group, TILE_ROWS) + batch, key_heads)](
+    _normalize[(triton.cdiv(tokens * group, tile) + batch, key_heads)](
         *tensors, cu_seqlens, lse, tokens, listed, heads, key_heads, batch, scale, group, width, *dims, *blocks
     )
-    shares = key_heads * max(1, min(8, tokens * group // (8 * TILE_ROWS)))
+    shares = key_heads * max(1, min(8, tokens * group // (8 * tile)))
     scores = query.new_empty(batch, shares, listed, dtype=torch.float32)
-    _score[(triton.cdiv(listed, TILE_PAGES), shares, batch)](
+    _score[(batch, shares, triton.cdiv(listed, tile))](
         *tensors, cu_seqlens, lse, scores, tokens, listed, heads, key_heads, scale, group, width, *dims, *blocks
     )
     return scores.sum(1)

@@ -26,7 +26,7 @@ def _rope(
         sine = -sine
     inside = (token < tokens)[:, None] & (dim < WIDTH)[None, :]
     for head in range(heads):
-        rows = x + (token * token_stride + head * head_stride)[:, None]
+        rows = x + (token * token_stride + tl.cast(head, tl.int64) * head_stride)[:, None]
         a = tl.load(rows + dim[None, :], mask=inside)
         b = tl.load(rows + other[None, :], mask=inside)
         turned = turn(a, b, cosine, sine, dim, FREQUENCIES).to(x.dtype.element_ty)

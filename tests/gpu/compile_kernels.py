@@ -70,8 +70,22 @@ def compile_all(dtype: torch.dtype) -> None:
     )
 
 
+def compile_heads(width: int, dtype: torch.dtype) -> None:
+    """What takes the most shared memory where heads are not as wide as the model's."""
+    rows, positions, inv_freq = torch.zeros(TOKENS, HEADS, width, dtype=dtype), torch.arange(TOKENS), torch.ones(8)
+    pages, summary = torch.zeros(2, KEY_HEADS, PAGE, width, dtype=dtype), torch.zeros(2, KEY_HEADS, 3, width)
+    table, lengths = torch.zeros(1, 20, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    cu_seqlens = torch.tensor([0, TOKENS])
+    kernels.retrieve(rows, positions, cu_seqlens, inv_freq, summary, table, lengths, 4)
+    kernels.paged_attention(rows, pages, pages, table, lengths, positions, cu_seqlens, inv_freq, 0.1)
+
+
 if __name__ == "__main__":
     backend, arch, warp = sys.argv[1].split(":")
     assert not triton.knobs.runtime.interpret
     compile_instead_of_launching(GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp)))
-    compile_all(getattr(torch, sys.argv[2]))
+    stored = getattr(torch, sys.argv[2])
+    compile_all(stored)
+    if stored == torch.float32:
+        for heads in (32, 256):
+            compile_heads(heads, stored)

@@ -189,11 +189,12 @@ def test_page_write_splits(device: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("mode", ["both", "rotated", "content"])
-@pytest.mark.parametrize("shape", ["pages apart", "wide group", "many pages", "no pages"])
+@pytest.mark.parametrize("shape", ["pages apart", "wide group", "wide heads", "many pages", "no pages"])
 def test_retrieve(device: str, shape: str, dtype: torch.dtype, mode: str) -> None:
     tokens, pages, heads, width, count, page_size = {
         "pages apart": ((5, 9), (12, 7), (2, 1), 16, 4, 128),
         "wide group": ((3, 0, 21), (5, 4, 33), (7, 1), 10, 2, 7),
+        "wide heads": ((3, 7), (21, 5), (4, 2), 200, 32, 16),
         "many pages": ((2, 20), (300, 66), (8, 2), 20, 4, 16),
         "no pages": ((4, 6), (0, 40), (4, 2), 128, 32, 16),
     }[shape]

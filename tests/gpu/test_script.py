@@ -35,14 +35,17 @@ def test_usage() -> None:
     assert run(sys.executable, "a", "b").stderr.startswith("gpu.sh: one folder at most, got 2; ")
 
 
+def write_program(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(0o755)
+
+
 def test_steps(tmp_path: Path) -> None:
     """Every step runs, whichever fails, and the exit code tells."""
-    mock, sanitizer = tmp_path / "python", tmp_path / "compute-sanitizer"
-    sanitizer.write_text("#!/usr/bin/env bash\n")
-    sanitizer.chmod(0o755)
+    mock = tmp_path / "python"
+    write_program(tmp_path / "compute-sanitizer", "#!/usr/bin/env bash\n")
     for fails, code in (("", 0), ("bench_hour", 1)):
-        mock.write_text(MOCK.format(fails=fails))
-        mock.chmod(0o755)
+        write_program(mock, MOCK.format(fails=fails))
         done = run(str(mock), str(tmp_path / "results"), tools=tmp_path)
         assert done.returncode == code, done.stdout + done.stderr
         summary = (tmp_path / "results/summary.txt").read_text()
@@ -53,6 +56,21 @@ def test_steps(tmp_path: Path) -> None:
         assert results["tests"].endswith("  ok")
         assert results["sanitizer"].endswith("  ok")
         assert "tests/gpu" in (tmp_path / "results/tests.log").read_text()
+
+
+def test_what_cannot_work_here_is_left_out(tmp_path: Path) -> None:
+    """A checker that cannot look into the device, and a model whose packages are missing or too old."""
+    refused = '#!/usr/bin/env bash\n[[ "$*" == *libcuda* ]] || exit 0\necho "=== Error: Device not supported"\nexit 1\n'
+    write_program(tmp_path / "compute-sanitizer", refused)
+    missing = '#!/usr/bin/env bash\n[[ "$*" == *hourllava.model* ]] && { echo "ImportError: too old" >&2; exit 1; }\n'
+    write_program(tmp_path / "python", MOCK.format(fails="").replace("#!/usr/bin/env bash\n", missing))
+    done = run(str(tmp_path / "python"), str(tmp_path / "results"), tools=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = {line.split()[0]: line for line in (tmp_path / "results/summary.txt").read_text().splitlines()[2:]}
+    assert results["sanitizer"].endswith("left out: it cannot look into this device: === Error: Device not supported")
+    assert results["block"].endswith("left out: ImportError: too old")
+    assert "left out" in results["decoder"]
+    assert "test_block" not in (tmp_path / "results/tests.log").read_text()
 
 
 def pytest(*arguments: str, settings: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
@@ -88,7 +106,7 @@ def test_a_gpu_job_fails_where_it_would_skip() -> None:
     graph = "tests/gpu/test_block.py::test_a_graph_replays_a_question_of_fixed_length"
     job = pytest(graph, settings=("FAIL_WITHOUT_CUDA=1",))
     assert job.returncode == 1
-    assert "4 errors" in job.stdout
+    assert "6 errors" in job.stdout
     assert "Skipped: NO GPU" in job.stdout
     room = pytest("tests/gpu/test_kernels.py", "-k", "rope_copies", "-x", settings=("FAIL_WITHOUT_CUDA=1",))
     assert room.returncode == 1

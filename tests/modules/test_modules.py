@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tools import Called
 from torch import nn
 from torch.nn import functional as F
 
@@ -50,6 +51,15 @@ class Resampler(nn.Module):
             x = block.norm2(x + block.cross_attn.Wo(attend(rotate(q, ids), rotate(k, memory_ids), v)))
             x = block.norm3(x + block.mlp(x))
         return x
+
+
+def test_memaug_copies_nothing_from_the_host():
+    """Not even the number of its rows: a GPU's host would wait, and no CUDA graph could hold it."""
+    memaug = MemAug(CONFIG)
+    with Called() as called:
+        memaug(torch.randn(5, 64), torch.randn(300, 64))
+    assert "hourllava_ext::paged_attention" in called.names
+    assert "aten::lift_fresh" not in called.names
 
 
 def test_readme_replaces_the_originals_resampler():

@@ -120,8 +120,9 @@ class CrossAttention(nn.Module):
         if mass is not None:
             # Holes count towards a page behind the last; picking the others would make the host wait for their number.
             count = len(pages.page_lengths)
-            page = torch.where(table >= 0, table, count).flatten().to(torch.int64)
-            mass = mass.new_zeros(count + 1).index_add(0, page, mass.flatten())[:count]
+            page = torch.where(table >= 0, table, count).to(torch.int64)
+            # A row for each tile: added to one place at once, a GPU would round them in an order of its own.
+            mass = mass.new_zeros(len(page), count + 1).scatter_add(1, page, mass).sum(0)[:count]
         return self.Wo(out.flatten(1)), lse, mass
 
     def _retrieve(
@@ -220,12 +221,12 @@ def _tiles(stream: QueryStream, table: Tensor, size: int | None) -> tuple[Tensor
     """Bounds (tiles + 1,) of tiles of at most `size` rows of one sample, and each tile's row of the table."""
     if size is None:
         return stream.cu_seqlens, table
-    counts = torch.tensor([-(-length // size) for length in stream.lengths], device=table.device)
-    starts = [start for length in stream.lengths for start in range(0, length, size)]
-    first = stream.cu_seqlens[:-1].repeat_interleave(counts) + torch.tensor(
-        starts, dtype=torch.int64, device=table.device
-    )
-    return torch.cat([first, stream.cu_seqlens[-1:]]), table.repeat_interleave(counts, 0)
+    # The host knows how many there are; where they begin, the device finds without it.
+    total = sum(-(-length // size) for length in stream.lengths)
+    starts, counts = stream.cu_seqlens[:-1], -(-stream.cu_seqlens.diff() // size)
+    owner = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=total)
+    number = torch.arange(total, device=counts.device) - (counts.cumsum(0) - counts)[owner]
+    return torch.cat([starts[owner] + number * size, stream.cu_seqlens[-1:]]), table[owner]
 
 
 def _share_of_sample(weight: Tensor, bounds: Tensor, samples: Tensor) -> Tensor:

@@ -50,6 +50,6 @@ class MemAug(memaug.MemAug):
             torch.arange(len(rows), device=rows.device) if given is None else given.to(torch.int64)
             for rows, given in ((x_q, q_position_ids), (x_kv, k_position_ids))
         ]
-        bounds = torch.tensor([0, len(x_q)], device=x_q.device)
+        bounds = len(x_q) * torch.arange(2, device=x_q.device)
         stream = QueryStream(ids[0], bounds, [len(x_q)])
         return super().forward(x_q, stream, self.write(x_kv, row_layout(ids[1])))[0]

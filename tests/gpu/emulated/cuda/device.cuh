@@ -33,7 +33,7 @@ namespace emulated {
 
 constexpr int kWarpSize = 32, kStackBytes = 1 << 16;
 
-// 0: threads go on in ascending order, 1: descending, 2: odd ones first.
+// 0: threads go on in ascending order, 1: descending, 2: odd ones first; -1: launches are checked, and nothing runs.
 inline int order = 0;
 
 struct Fiber {
@@ -208,6 +208,10 @@ struct Grid {
 template <class... Params>
 void launch(void (*kernel)(Params...), Grid grid, int threads, Stream, Params... params) {
     if (threads < 1 || threads > 1024) throw std::runtime_error("emulated GPU: a block has 1 to 1024 threads");
+    if (grid.x > 0x7fffffff || grid.y > 0xffff || grid.z > 0xffff) {
+        throw std::runtime_error("emulated GPU: a grid has up to 2^31 - 1, 65535 and 65535 blocks");
+    }
+    if (emulated::order < 0) return;
     gridDim = {static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z)};
     blockDim = {static_cast<unsigned>(threads), 1, 1};
     emulated::block.body = [&] { kernel(params...); };
@@ -218,7 +222,9 @@ void launch(void (*kernel)(Params...), Grid grid, int threads, Stream, Params...
     }
 }
 
-inline void fill_bytes(void* begin, int value, int64_t bytes, Stream) { std::memset(begin, value, bytes); }
+inline void fill_bytes(void* begin, int value, int64_t bytes, Stream) {
+    if (emulated::order >= 0) std::memset(begin, value, bytes);
+}
 
 template <class T, int N>
 struct alignas(N * sizeof(T)) Pack {
