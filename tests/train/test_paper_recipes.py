@@ -174,6 +174,13 @@ def test_bad_commands_are_one_line(
     assert err.count("\n") == 1
 
 
+def test_a_recipe_is_all_that_a_command_needs(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["train"])
+    assert ended.value.code == 2
+    assert capfd.readouterr().err.endswith("the following arguments are required: RECIPE\n")
+
+
 def test_a_saved_recipe_is_the_same_recipe(tmp_path: Path) -> None:
     recipe = change(RECIPES["s3-7b"](), {"--seed": "5"})
     path = tmp_path / "recipe.json"

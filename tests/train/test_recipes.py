@@ -228,7 +228,7 @@ def test_an_output_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> N
 
 def test_every_field_of_every_stage_can_be_changed(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tiny()
-    values = {"int": "7", "float": "0.25", "str": "x"}
+    values = {"int": "7", "float": "0.25", "str": "none"}
     for name, value in settings(recipe).items():
         kind = type(value).__name__
         text = values.get(kind) or {"bool": str(not value), "tuple": "vision_tower,mm_projector"}[kind]
