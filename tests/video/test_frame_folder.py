@@ -39,6 +39,7 @@ def numbers(reader: FrameFolder, chunk: int) -> list[int]:
         (2.5, [0, 2, 5], 2.8),
         (0.5, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6], 14),
         (30, [0], 7 / 30),
+        (1e9, [0], 7e-9),
     ],
 )
 @pytest.mark.parametrize("chunk", [3, 32])

@@ -49,7 +49,7 @@ class FrameFolder:
     @property
     def frames_expected(self) -> int:
         """How many pictures :meth:`chunks` gives in all."""
-        return math.ceil(round(self.duration, _DIGITS))
+        return max(1, math.ceil(round(self.duration, _DIGITS)))
 
     @property
     def report(self) -> ReadReport:
