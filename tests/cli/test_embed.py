@@ -202,6 +202,8 @@ def test_what_cannot_be_embedded(
     (tmp_path / "films").mkdir()
     assert "names no video" in refused(tmp_path / "films", "-o", out, *options, capfd=capfd)
     (tmp_path / "films" / "film.mp4").symlink_to(clip)
+    (tmp_path / "list.txt").write_bytes(b"\xff\xfef\x00i\x00l\x00m\x00")
+    assert "it is no text; give a list of videos" in refused(tmp_path / "list.txt", "-o", out, *options, capfd=capfd)
     for wrong in (["--processes", 0], ["--rank", 2, "--world", 2], ["--world", 0]):
         assert "do not fit" in refused(tmp_path / "films", "-o", out, *wrong, *options, capfd=capfd)
     assert "no such model" in refused(tmp_path / "films", "-o", out, "--model", tmp_path / "absent", capfd=capfd)

@@ -45,6 +45,26 @@ def test_what_is_left_out_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert "holds shards already" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "why"),
+    [
+        ("--size-limit=nan", "nan is no size above 0"),
+        ("--size-limit=-1", "-1 is no size above 0"),
+        ("--size-limit=inf", "inf is no size above 0"),
+        ("--failure-limit=-1", "-1 is no share from 0 to 1"),
+        ("--failure-limit=much", "much"),
+    ],
+)
+def test_numbers_that_are_none(option: str, why: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["shards", str(write_manifest(tmp_path)), "-o", str(tmp_path / "shards"), option])
+    assert ended.value.code == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert option.partition("=")[0] in last
+    assert why in last
+    assert not (tmp_path / "shards").exists()
+
+
 def test_nothing_is_told_where_nothing_fails(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     manifest, out = write_manifest(tmp_path), tmp_path / "shards"
     whole = [line for number, line in enumerate(manifest.read_text().splitlines(True)) if number not in (2, 5)]

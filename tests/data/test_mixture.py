@@ -117,6 +117,9 @@ BAD = {
     "datasets:\n- json_path: a.jsonl\n  sampling: all": r":2: there is no key 'sampling'; choose from json_path, sampl",
     "datasets:\n- sampling_strategy: all": ":2: it has no json_path",
     "datasets:\n- json_path: 3": ":2: json_path is 3, not a text",
+    "datasets:\n- json_path: a.jsonl\n  fps: fast": ":2: fps is 'fast', not a number above 0",
+    "datasets:\n- json_path: a.jsonl\n  fps: 0": ":2: fps is 0, not a number above 0",
+    "datasets:\n- json_path: a.jsonl\n  fps: true": ":2: fps is True, not a number above 0",
     "datasets:\n- json_path: a.jsonl\n- json_path: a.jsonl\n  sampling_strategy: some": (
         r":3: there is no sampling_strategy 'some'; choose all, or first, end or random"
     ),

@@ -170,6 +170,7 @@ BAD = {
     "video and image": (talk("<image>a", "b", video="x", image="y"), "it has image and video"),
     "two videos": (talk("<image>a", "b", video=["x", "y"]), "it has 2 videos"),
     "no name": (talk("<image>a", "b", video=3), "its video is no file name"),
+    "a name that no file has": (talk("<image>a", "b", image="a\0b"), "its image is no file name"),
     "a row without a question": ({"video": "x", "answer": "b"}, "its question is missing or no text"),
     "a row without a video": ({"question": "a?", "answer": "b"}, "its video is missing or no text"),
 }

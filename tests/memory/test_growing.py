@@ -73,13 +73,13 @@ def test_a_reader_while_segments_are_gathered(tmp_path, monkeypatch):
     repository = Repository(tmp_path)
     memory = repository.add("camera", SmallWriter())
     append(memory, 27)
-    read, more = Repository.features, itertools.chain([1, 1, 3], itertools.repeat(0))
+    read, more = Repository.packed, itertools.chain([1, 1, 3], itertools.repeat(0))
 
-    def features(self, video, segment):
+    def packed(self, video, segment):
         append(memory, next(more))
         return read(self, video, segment)
 
-    monkeypatch.setattr(Repository, "features", features)
+    monkeypatch.setattr(Repository, "packed", packed)
     seen = repository.open("camera", SmallWriter(), append=False)
     expected = VideoMemory(SmallWriter().shape, "writer 0", torch.device("cpu"))
     expected.attach(SmallWriter())

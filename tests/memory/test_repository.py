@@ -12,7 +12,7 @@ import torch
 from memories import SmallWriter, full_disk, make_frames
 
 from hourllava.errors import MemoryFileError
-from hourllava.memory import Repository, VideoMemory, repair, scratch_files, verify
+from hourllava.memory import Repository, VideoMemory, repair, scratch_files, unpack_features, verify
 from hourllava.memory.segments import rounding_error
 
 
@@ -68,7 +68,7 @@ def test_the_error_that_is_told_is_that_of_what_is_kept(tmp_path, precision):
     video, seen = repository.catalogue.video("film"), 0
     for segment in repository.catalogue.segments("film"):
         true = SmallWriter().encode(make_frames(segment.frames, segment.first))
-        kept = repository.features(video, segment)
+        kept = unpack_features(repository.packed(video, segment))
         errors = [rounding_error(t, k) for t, k in zip(true.split(16), kept.split(16), strict=True)]
         assert segment.error == pytest.approx(max(errors), rel=1e-6)
         seen += segment.frames

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from memories import full_disk
 from tiny_model import make_model
 from torch import distributed as dist
 from torch import multiprocessing
 from training_data import make_recipe
 
+from hourllava.data.failures import FailureLog
 from hourllava.data.samples import Media, Sample
 from hourllava.data.shards import write_shards
 from hourllava.errors import DataError
@@ -66,6 +68,17 @@ def test_what_fails_is_told_at_the_end(
     assert "1 samples were left out" in told
     with pytest.raises(DataError, match=r"1 of \d samples could not be loaded, more than 10\.0%.*--failure-limit"):
         train(make_recipe(base, data=data, workers=workers, failure_limit=0.1), tmp_path / "strict")
+
+
+def test_a_list_that_finds_no_room_on_the_disk(tmp_path: Path) -> None:
+    failures = FailureLog(tmp_path / "failures.jsonl", limit=1.0)
+    errors = [DataError(f"m.jsonl:{number}", "it is gone", "get it") for number in range(2)]
+    failures.record("first", errors[0])
+    line = r"failures\.jsonl: it cannot be written \(File too large\); free some space, and run the same command again"
+    with full_disk(failures.path.stat().st_size + 10), pytest.raises(DataError, match=line):
+        failures.record("second", errors[1])
+    assert [entry["id"] for entry in failures.entries()] == ["first"]
+    assert "1 samples were left out" in str(failures.summary().title)
 
 
 def embed(model, folder: Path) -> Media:

@@ -66,8 +66,7 @@ def test_recipes_are_the_papers(name: str) -> None:
         "vision_tower": (recipe.tower_rate, 5e-6),
     }
     assert all(rate == paper for part, (rate, paper) in rates.items() if part in recipe.trains)
-    if not name.startswith("s1"):
-        assert (recipe.min_frames, recipe.time_instruction) == (128, True)
+    assert (recipe.min_frames, recipe.time_instruction) == (128, not name.startswith("s1"))
 
 
 def test_the_7b_model_starts_from_a_7b_model() -> None:
@@ -89,6 +88,7 @@ def test_every_field_can_be_changed() -> None:
     recipe = RECIPES["s2-3b"]()
     values = {"int": "7", "float": "0.25", "str": "x", "bool": "false", "tuple": "mm_projector,vision_resampler"}
     special = {"batching": "per_stream", "parallel": "fsdp2", "spatial_forgetting": "uniform", "schedule": "linear"}
+    special["report_to"] = "tensorboard,wandb"
     for field, value in asdict(recipe).items():
         if field == "name":
             continue
@@ -110,7 +110,23 @@ def test_every_field_can_be_changed() -> None:
         (["--bf16", "maybe"], "give true or false"),
         (["--batch-size", "0"], "none at all"),
         (["--epochs", "-1"], "below zero"),
-        (["--learning-rate", "nan"], "below zero"),
+        (["--learning-rate", "nan"], "no number to count with"),
+        (["--epochs", "inf"], "no number to count with"),
+        (["--epochs", "0"], "none at all"),
+        (["--lora-rank", "-1"], "--lora-rank: -1 is below zero"),
+        (["--lora-alpha", "0"], "none at all"),
+        (["--max-length", "0"], "none at all"),
+        (["--image-grid", "0"], "none at all"),
+        (["--adam-beta2", "1"], r"1\.0 is too large; give a number below 1"),
+        (["--warmup-ratio", "3"], r"3\.0 is too large; give a number below 1"),
+        (["--seed", "4294967296"], "is too large; give a number below 4294967296"),
+        (
+            ["--report-to", "wandbb"],
+            r"there is no 'wandbb' \(did you mean wandb\?\); choose from tensorboard, wandb, none",
+        ),
+        (["--report-to", "tensorboard,mlflow"], "there is no 'mlflow'"),
+        (["--report-to="], "there is no ''"),
+        (["--parallel", "zero2,ddp"], "there is no 'zero2,ddp'"),
         (["--parallel", "zero4"], r"did you mean zero[23]\?"),
         (["--trains", "mm_projektor"], r"did you mean mm_projector\?"),
         (["1e-5"], "belongs to no field"),
@@ -134,7 +150,8 @@ def test_the_command_shows_the_resolved_recipe(capsys: pytest.CaptureFixture[str
     }
     assert shown == expected
     assert main(["train", "s2-3b", "--help"]) == 0
-    assert "--resampler-rate        0.0001" in capsys.readouterr().out
+    told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  --mo"))
+    assert told == {"--model": "jylins/hourllava-qwen25-3b-s1"}
     assert main(["train", "tiny", "--print"]) == 0
     assert json.loads(capsys.readouterr().out)["name"] == "tiny"
 
@@ -155,6 +172,13 @@ def test_bad_commands_are_one_line(
     err = capfd.readouterr().err
     assert told in err
     assert err.count("\n") == 1
+
+
+def test_a_recipe_is_all_that_a_command_needs(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["train"])
+    assert ended.value.code == 2
+    assert capfd.readouterr().err.endswith("the following arguments are required: RECIPE\n")
 
 
 def test_a_saved_recipe_is_the_same_recipe(tmp_path: Path) -> None:

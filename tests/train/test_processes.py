@@ -2,6 +2,7 @@
 """Two processes train together: whatever their batches hold, they meet; they resume in step; they share a memory."""
 
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -33,10 +34,22 @@ Found = Callable[[str], dict[str, Any]]
 
 
 def launch(base: Path, out: Path, cases: tuple[str, ...]) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(TESTS / "many_processes.py"), str(base), str(out), *cases]
-    done = subprocess.run(command, capture_output=True, timeout=1500, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    """Two nodes of one process each, as torchrun starts them on machines that share a folder."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    command += ["--master-addr", "127.0.0.1", "--master-port", port]
+    work = [str(TESTS / "many_processes.py"), str(base), str(out), *cases]
+    with (out / "nodes.log").open("w") as log:
+        nodes = [
+            subprocess.Popen([*command, "--node-rank", str(number), *work], stdout=log, stderr=log) for number in (0, 1)
+        ]
+        try:
+            ends = [node.wait(timeout=1500) for node in nodes]
+        finally:
+            for node in nodes:
+                node.kill()
+    assert ends == [0, 0], (out / "nodes.log").read_text()[-4000:]
 
 
 @pytest.fixture(scope="module")

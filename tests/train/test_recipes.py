@@ -27,7 +27,7 @@ from hourllava.train.engine import TOWER, run_recipe
 from hourllava.train.film_trainer import answer_questions
 from hourllava.train.films import Examples, Lessons
 from hourllava.train.groups import part_of
-from hourllava.train.overrides import change, load_recipe, settings
+from hourllava.train.overrides import change, load_recipe, settings, shown
 from hourllava.train.recipes import tiny
 from hourllava.train.resume import checkpoints
 from hourllava.train.runs import StoppedError
@@ -228,7 +228,7 @@ def test_an_output_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> N
 
 def test_every_field_of_every_stage_can_be_changed(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tiny()
-    values = {"int": "7", "float": "0.25", "str": "x"}
+    values = {"int": "7", "float": "0.25", "str": "none"}
     for name, value in settings(recipe).items():
         kind = type(value).__name__
         text = values.get(kind) or {"bool": str(not value), "tuple": "vision_tower,mm_projector"}[kind]
@@ -238,14 +238,16 @@ def test_every_field_of_every_stage_can_be_changed(capsys: pytest.CaptureFixture
         assert type(changed[name]) is type(value)
     assert change(recipe, {"s2_files.lessons": "3x2x5,1x4x6"}).stages[6].lessons == (Lesson(3, 2, 5), Lesson(1, 4, 6))
     assert main(["train", "tiny", "--s2-files.grounding", "0.5", "--print"]) == 0
-    shown = json.loads(capsys.readouterr().out)
+    printed = json.loads(capsys.readouterr().out)
     expected = json.loads(json.dumps(asdict(recipe)))
     expected["stages"][6]["grounding"] = 0.5
-    assert shown == expected
+    assert printed == expected
     assert main(["train", "tiny", "--help"]) == 0
-    told = capsys.readouterr().out
-    assert "--tower-steps           3500" in told
-    assert "--base.lessons          1x1000x64" in told
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
+    column = 2 + max(map(len, settings(recipe))) + 2
+    assert [line[2:column] for line in told] == [name.ljust(column - 2) for name in settings(recipe)]
+    assert [line[column:] for line in told] == [shown(value) for value in settings(recipe).values()]
+    assert {"3500", "1x1000x64"} <= {line[column:] for line in told}
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ class Embedder:
         """What became of a job, or in `fault` the parts of the error that nothing can be done after."""
         from hourllava.data.embedding import Job, take_in
 
-        job = Job(row["id"], row["path"], tuple(row["names"]))
+        job = Job(row["id"], row["path"], tuple(row["names"]), row["fps"])
         try:
             repository, writer, size = self._open()
             outcome = take_in(job, repository, writer, size, self.precision)
@@ -76,7 +76,7 @@ def work_on_ray(
 
     try:
         gpus = bool(ray.cluster_resources().get("GPU"))
-        rows = [{"id": job.id, "path": job.path, "names": list(job.names)} for job in jobs]
+        rows = [{"id": job.id, "path": job.path, "names": list(job.names), "fps": job.fps} for job in jobs]
         repository, model, precision, imported = common
         model = str(Path(model).resolve()) if Path(model).is_dir() else model
         done = ray.data.from_items(rows, override_num_blocks=min(len(rows), MOST_BLOCKS)).map(
@@ -89,7 +89,7 @@ def work_on_ray(
         for row in done.iter_rows():
             if row["fault"][0]:
                 return HourLlavaError(*row["fault"])
-            job = Job(row["id"], row["path"], tuple(row["names"]))
+            job = Job(row["id"], row["path"], tuple(row["names"]), row["fps"])
             tell(Outcome(job, row["state"], int(row["frames"]), row["reason"]))
     finally:
         ray.shutdown()

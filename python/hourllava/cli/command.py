@@ -173,7 +173,7 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     train.add_argument(
         "recipe", metavar="RECIPE", help="`tiny` is the model in the package; s1-3b ... s3-7b the paper's"
     )
-    train.add_argument(
+    changes = train.add_argument(
         "changes",
         metavar="--FIELD VALUE",
         nargs=argparse.REMAINDER,
@@ -181,6 +181,7 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "of it and trains nothing; "
         "-o DIR, --output DIR is where to save (default: build/train/RECIPE)",
     )
+    changes.required = False  # or where RECIPE is missing, some releases of Python ask for a change, too
     train.add_argument("-o", "--output", metavar="DIR", type=Path, help=argparse.SUPPRESS)
     train.set_defaults(run=_train)
 

@@ -2,6 +2,7 @@
 """`hourllava shards`: a data set as MDS shards, for training that streams them."""
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -29,17 +30,29 @@ def add_shards(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="hold features and images, or only their paths (default: inside)",
     )
     shards.add_argument(
-        "--size-limit", metavar="MB", type=float, default=64.0, help="after which a shard is full (default: 64)"
+        "--size-limit", metavar="MB", type=_size, default=64.0, help="after which a shard is full (default: 64)"
     )
     shards.add_argument(
         "--failure-limit",
         metavar="SHARE",
-        type=float,
+        type=_share,
         default=0.02,
         help="of the samples that may be left out; more of them are an error (default: 0.02)",
     )
     shards.add_argument("--progress", action="store_true", help="show the progress bar even if stderr is no terminal")
     shards.set_defaults(run=run)
+
+
+def _size(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no size above 0")
+    return float(text)
+
+
+def _share(text: str) -> float:
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share from 0 to 1")
+    return float(text)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -27,7 +27,9 @@ def train(name: str, arguments: list[str], output: Path | None = None) -> int:
     recipe = find_recipe(name)
     if {"-h", "--help"} & set(arguments):
         print(f"usage: hourllava train {name} [-o DIR] [--print] [--FIELD VALUE ...]\n\nfields and their values:")
-        print("\n".join(f"  {field:24}{shown(value)}" for field, value in settings(recipe).items()))
+        fields = settings(recipe)
+        column = max(map(len, fields)) + 2
+        print("\n".join(f"  {field:{column}}{shown(value)}" for field, value in fields.items()))
         return command.EXIT_OK
     changes = split_arguments(["--output" if a == "-o" else a for a in arguments])
     given = changes.pop("--output", None)

@@ -19,7 +19,6 @@ from hourllava.model.images import assemble_grid
 from hourllava.model.inputs import check_length
 from hourllava.model.media import read_image
 from hourllava.model.prompt import encode_turns, tell_time, time_instruction
-from hourllava.video import open_video
 
 from .encoded import check_tower, check_towers, first_tower, read_features
 from .failures import FailureLog
@@ -173,7 +172,7 @@ class ConversationDataset(Dataset):
         if medium.kind == "features":
             features, seconds = read_features(medium.path, self.config, self.tower)
             return self._thinned(features), seconds
-        reader = open_video(medium.path)
+        reader = medium.open()
         chosen = self._chosen(reader.frames_expected)
         frames = torch.empty(len(chosen), 3, self.config.tile_size, self.config.tile_size, dtype=torch.uint8)
         first = taken = 0

@@ -13,11 +13,10 @@ from torch import Tensor
 from hourllava.errors import DataError, HourLlavaError, MemoryBusyError, VideoError
 from hourllava.memory import Embedding, MemoryWriter, Repository, link
 from hourllava.memory.catalogue import Source, Video
-from hourllava.video import open_video
 
 from .mixture import load_mixture
 from .original import check_frames, read_original_features
-from .samples import memory_name
+from .samples import Media, memory_name
 
 VIDEO_SUFFIXES = {
     ".3gp",
@@ -45,6 +44,7 @@ class Job:
     id: str  # of the first sample that names it
     path: str  # absolute, links resolved
     names: tuple[str, ...]  # what it is called in the repository: all that samples call it
+    fps: float = 1.0  # frames a second of a folder of frames
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ def list_jobs(manifest: Path, imported: bool = False) -> list[Job]:
         HourLlavaError: there is no such manifest, it is not one, or names no video.
     """
     jobs: dict[str, Job] = {}
-    for id, path, name in _named(manifest, imported):
+    for id, path, name, fps in _named(manifest, imported):
         path = os.path.realpath(path)
-        job = jobs.setdefault(path, Job(id, path, (name,)))
+        job = jobs.setdefault(path, Job(id, path, (name,), fps))
         if name not in job.names:
             jobs[path] = replace(job, names=(*job.names, name))
     if not jobs:
@@ -80,26 +80,33 @@ def list_jobs(manifest: Path, imported: bool = False) -> list[Job]:
     return list(jobs.values())
 
 
-def _named(manifest: Path, imported: bool) -> Iterator[tuple[str, str, str]]:
-    """The id, path and name of every mention of a video."""
+def _named(manifest: Path, imported: bool) -> Iterator[tuple[str, str, str, float]]:
+    """The id, path, name and frames a second of every mention of a video."""
     if not manifest.exists():
         raise HourLlavaError(manifest, "there is no such file", "name a manifest, a list or a folder of videos")
     if not manifest.is_dir() and manifest.suffix != ".txt":
         for sample in load_mixture(manifest, decode=not imported):
             for medium in sample.media:
                 if medium.kind == ("features" if imported else "video"):
-                    yield sample.id, str(medium.path), medium.name
+                    yield sample.id, str(medium.path), medium.name, medium.fps
         return
     if manifest.is_dir():
         suffixes, folder = (FEATURE_SUFFIXES if imported else VIDEO_SUFFIXES), manifest
         names = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.suffix.lower() in suffixes]
     else:
         folder = manifest.parent
-        lines = [line.strip() for line in manifest.read_text(errors="replace").splitlines()]
+        lines = [line.strip() for line in _read_text(manifest).splitlines()]
         names = [line for line in lines if line and not line.startswith("#")]
     for name in names:
         # The original puts the features of a/film.mp4 into a/film.pt.
-        yield name, str(folder / name), memory_name(str(Path(name).with_suffix(".mp4")) if imported else name)
+        yield name, str(folder / name), memory_name(str(Path(name).with_suffix(".mp4")) if imported else name), 1.0
+
+
+def _read_text(path: Path) -> str:
+    text = path.read_text(errors="replace")
+    if "\0" in text:
+        raise DataError(path, "it is no text", "give a list of videos, with a path on each line")
+    return text
 
 
 def take_in(
@@ -130,7 +137,7 @@ def take_in(
     try:
         if any(len(os.fsencode(name)) > 255 for name in job.names):
             raise DataError(job.path, "its name is too long for a folder", "shorten its path")
-        expected, chunks = _open(job.path, writer, size)
+        expected, chunks = _open(job, writer, size)
         for video in videos:
             if video is not None:
                 _check_held(video, job.path, tower)
@@ -158,13 +165,14 @@ def take_in(
 Chunks = Iterator[tuple[Tensor, str]]
 
 
-def _open(path: str, writer: MemoryWriter, size: int | None) -> tuple[int, Chunks]:
-    """How many seconds a file holds, and what it holds."""
+def _open(job: Job, writer: MemoryWriter, size: int | None) -> tuple[int, Chunks]:
+    """How many seconds a video holds, and what it holds."""
+    path = Path(job.path)
     if size is None:
-        features, _ = read_original_features(Path(path))
-        check_frames(Path(path), features, writer.shape.per_frame, writer.feature_width)
+        features, _ = read_original_features(path)
+        check_frames(path, features, writer.shape.per_frame, writer.feature_width)
         return len(features), ((part, "") for part in features.split(CHUNK))
-    reader = open_video(path)
+    reader = Media("video", path, fps=job.fps).open()
     chunks = ((chunk.frames, reader.report.message or "") for chunk in reader.chunks(size, CHUNK))
     return reader.frames_expected, chunks
 

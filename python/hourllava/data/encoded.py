@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hourllava.errors import DataError
-from hourllava.memory import Repository
+from hourllava.memory import Repository, fill_features
 from hourllava.model.configuration import HourLlavaConfig
 
 from .original import check_frames, read_original_features
@@ -86,7 +86,9 @@ def _read_memory(path: Path, tower: str | None) -> tuple[Tensor, float]:
         raise DataError(path, "not one frame of it is there", "let hourllava embed finish it")
     dtype = torch.bfloat16 if video.precision == "bfloat16" else torch.float32
     features = torch.empty(video.frames, video.per_frame, video.feature_width, dtype=dtype)
-    for segment in repository.catalogue.segments(path.name):
-        if segment.first + segment.frames <= video.frames:  # what was appended since is for the next time
-            repository.read_into(features[segment.first : segment.first + segment.frames], video, segment)
+    at = 0
+    for part in repository.parts(video):
+        rows = features[at : at + len(part["features"])]
+        fill_features(rows, part)
+        at += len(rows)
     return features, float(video.frames)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples that cannot be used: written down, counted over all loading processes, and shown at the end."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -134,11 +135,12 @@ class FailureLog:
         fields = {"id": identity, "what": error.what, "why": error.why, "todo": error.todo}
         line = json.dumps(fields, ensure_ascii=False) + "\n"
         # One write to a file opened for appending: lines of several processes do not mix.
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(handle, line.encode())
-        finally:
-            os.close(handle)
+            with self.path.open("ab") as file:
+                file.write(line.encode())
+        except OSError as failure:
+            why = f"it cannot be written ({failure.strerror})"
+            raise DataError(self.path, why, "free some space, and run the same command again") from failure
 
     def _row(self) -> int:
         worker = get_worker_info()
@@ -161,5 +163,9 @@ def failure_table(logs: Sequence[Path]) -> Table | None:
 
 
 def _entries(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]
+    entries = []
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with contextlib.suppress(json.JSONDecodeError):  # a full disk may have cut a line short
+                entries.append(json.loads(line))
+    return entries

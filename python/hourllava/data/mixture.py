@@ -50,6 +50,8 @@ def load_mixture(
             media_root: /data/videos   # for this one instead
             features: /data/memories
             stream: long               # name of the stream, for batches of one stream each
+          - json_path: frames.json
+            fps: 2                     # frames a second of videos that are folders of frames; by default 1
 
     Args:
         path: .json, .jsonl or .parquet: a manifest whose media are named from its own folder. .yaml: a mixture.
@@ -110,13 +112,8 @@ def _manifest(path: Path) -> Part:
 def _read_mixture(path: Path) -> list[Part]:
     document = _read_yaml(path)
     common = _checked(document, path, {"media_root": str, "features": str, "datasets": list}, "datasets")
-    allowed: dict[str, type] = {
-        "json_path": str,
-        "sampling_strategy": str,
-        "media_root": str,
-        "features": str,
-        "stream": str,
-    }
+    texts = ("json_path", "sampling_strategy", "media_root", "features", "stream")
+    allowed: dict[str, type] = {**dict.fromkeys(texts, str), "fps": float}
     parts = []
     for value in common["datasets"]:
         given = _checked(value, path, allowed, "json_path")
@@ -126,6 +123,7 @@ def _read_mixture(path: Path) -> list[Part]:
         places = Places(
             manifest.parent if root is None else path.parent / root,
             None if features is None else path.parent / features,
+            given.get("fps", 1.0),
         )
         source = f"{path}:{value[_LINE]}"
         strategy = given.get("sampling_strategy", "all")
@@ -146,9 +144,11 @@ def _checked(value: Any, path: Path, allowed: dict[str, type], needed: str) -> d
     if unknown:
         raise DataError(what, f"there is no key {unknown[0]!r}", f"choose from {', '.join(allowed)}")
     for key, item in given.items():
-        if not isinstance(item, allowed[key]):
-            kind = "a list" if allowed[key] is list else "a text"
-            raise DataError(what, f"{key} is {item!r}, not {kind}", "correct it")
+        kind = allowed[key]
+        sound = type(item) in (int, float) and 0 < item < math.inf if kind is float else isinstance(item, kind)
+        if not sound:
+            kinds = {list: "a list", str: "a text", float: "a number above 0"}
+            raise DataError(what, f"{key} is {item!r}, not {kinds[kind]}", "correct it")
     if needed not in given:
         raise DataError(what, f"it has no {needed}", f"add {needed}")
     return given

@@ -11,6 +11,7 @@ from urllib.parse import quote
 from hourllava.errors import DataError
 from hourllava.memory import Repository
 from hourllava.model.prompt import IMAGE
+from hourllava.video import FrameFolder, VideoReader, open_video
 
 from .manifest import Entry
 
@@ -26,6 +27,15 @@ class Media:
     kind: Literal["image", "video", "features"]
     path: Path  # a file; features: a folder of a repository, or a .pt file
     name: str = ""  # of a video's memory in a repository
+    fps: float = 1.0  # frames a second of a video that is a folder of frames
+
+    def open(self) -> VideoReader | FrameFolder:
+        """A reader of the video: a file, or a folder of frames.
+
+        Raises:
+            VideoError: it cannot be read.
+        """
+        return FrameFolder(self.path, self.fps) if self.path.is_dir() else open_video(self.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +61,12 @@ class Places:
     Args:
         root: the folder that images and videos are named from.
         features: a repository of memories, or a folder of the original's .pt files; videos are then not decoded.
+        fps: frames a second of videos that are folders of frames.
     """
 
     root: Path
     features: Path | None = None
+    fps: float = 1.0
 
     @cached_property
     def in_repository(self) -> bool:
@@ -154,7 +166,7 @@ def _video(name: str, folder: Any, places: Places) -> Media:
         name = os.path.join(folder, name)
     held = memory_name(name)
     if places.features is None:
-        return Media("video", places.root / name, held)
+        return Media("video", places.root / name, held, places.fps)
     if places.in_repository:
         return Media("features", places.features / held, held)
     return Media("features", (places.features / name).with_suffix(".pt"), held)
@@ -162,6 +174,6 @@ def _video(name: str, folder: Any, places: Places) -> Media:
 
 def _names(given: Any, kind: str, what: str) -> list[str]:
     names = given if isinstance(given, list) else [given] if given not in (None, "") else []
-    if not all(isinstance(name, str) and name for name in names):
+    if not all(isinstance(name, str) and name and "\0" not in name for name in names):
         raise DataError(what, f"its {kind} is no file name", f'give "{kind}": "a/file" or a list of them')
     return names

@@ -48,6 +48,7 @@ def to_row(sample: Sample, inside: bool) -> dict[str, bytes]:
     tensors: dict[str, Tensor] = {}
     for number, medium in enumerate(sample.media):
         note: dict[str, Any] = {"kind": medium.kind, "path": os.path.abspath(medium.path), "name": medium.name}
+        note |= {"fps": medium.fps} if medium.kind == "video" else {}
         if inside:
             held, note["seconds"], note["tower"] = _load(medium, sample.id)
             tensors |= {f"{number}.{key}": tensor for key, tensor in held.items()}
@@ -79,7 +80,9 @@ def of_row(row: dict[str, Any], what: str) -> ShardSample:
 def _of_ours(row: dict[str, Any]) -> ShardSample:
     about = row["sample"]
     turns = tuple((str(question), str(answer)) for question, answer in about["turns"])
-    media = tuple(Media(note["kind"], Path(note["path"]), note["name"]) for note in about["media"])
+    media = tuple(
+        Media(note["kind"], Path(note["path"]), note["name"], float(note.get("fps", 1))) for note in about["media"]
+    )
     tensors = load(row["media"]) if row["media"] else {}
     contents: list[Held | None] = []
     for number, note in enumerate(about["media"]):

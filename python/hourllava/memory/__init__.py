@@ -6,7 +6,7 @@ from .memory_pool import HeldMemory, MemoryPool, TierUsage
 from .pages import MemoryPages
 from .pool import scratch_files
 from .repository import Repository
-from .segments import PRECISIONS, unpack_features
+from .segments import PRECISIONS, fill_features, unpack_features
 from .sharded_memory import ShardedMemory
 from .sharding import Shard, sharded_attention
 from .sizes import format_size, parse_size
@@ -28,6 +28,7 @@ __all__ = [
     "ShardedMemory",
     "TierUsage",
     "VideoMemory",
+    "fill_features",
     "format_size",
     "link",
     "packed_features",

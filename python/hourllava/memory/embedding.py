@@ -2,7 +2,6 @@
 """Features alone, in and out of a repository: what a data set needs of its videos."""
 
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +12,6 @@ from torch import Tensor
 from hourllava.errors import MemoryFileError
 
 from .repository import Repository, VideoJournal, check_name, locked
-from .segments import read_packed
 from .storage import reason
 from .video_memory import MemoryWriter, batches
 
@@ -143,13 +141,7 @@ def packed_features(repository: Repository, name: str) -> dict[str, Tensor]:
     Raises:
         MemoryFileError: there is no such video, it holds no frame, or it is damaged.
     """
-    parts = list(_packed(repository, name))
+    parts = list(repository.parts(repository.catalogue.video(name)))
     if not parts:
         raise MemoryFileError(repository.folder / name, "it holds no frame", "watch the video first")
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-
-
-def _packed(repository: Repository, name: str) -> Iterator[dict[str, Tensor]]:
-    video = repository.catalogue.video(name)
-    for segment in repository.catalogue.segments(video.name):
-        yield read_packed(repository.folder / name / segment.file, segment)

@@ -27,10 +27,8 @@ from .catalogue import FILE, Catalogue, Segment, Video
 from .segments import (
     GATHERED,
     REPAIR,
-    fill_features,
     pack_features,
     read_packed,
-    read_segment,
     rounding_error,
     to_gather,
     unpack_features,
@@ -174,8 +172,8 @@ class Repository:
         dist.all_reduce(agreed, dist.ReduceOp.MIN, group)  # a writer may have come between two ranks
         memory = ShardedMemory(writer, group)
         memory.reserve(int(agreed))
-        for features in self._kept(replace(video, frames=int(agreed))):
-            memory.append_features(features)
+        for part in self.parts(replace(video, frames=int(agreed))):
+            memory.append_features(unpack_features(part))
         memory.damage, memory.path = video.damage or None, str(self.folder / name)
         memory.source = video.source or None
         return memory
@@ -205,24 +203,16 @@ class Repository:
             what = self.folder / video.name
             raise MemoryFileError(what, "another vision tower made it", "use that model, or watch again")
 
-    def features(self, video: Video, segment: Segment) -> Tensor:
-        """The features (n, N, Cv) float32 of a segment, every byte checked.
+    def packed(self, video: Video, segment: Segment) -> dict[str, Tensor]:
+        """What `pack_features` gave of a segment, every byte checked.
 
         Raises:
             MemoryFileError: the segment is missing or damaged.
         """
-        return read_segment(self.folder / video.name / segment.file, segment)
+        return read_packed(self.folder / video.name / segment.file, segment)
 
-    def read_into(self, out: Tensor, video: Video, segment: Segment) -> None:
-        """Put the features of a segment into `out` (n, N, Cv), every byte checked.
-
-        Raises:
-            MemoryFileError: the segment is missing or damaged.
-        """
-        fill_features(out, read_packed(self.folder / video.name / segment.file, segment))
-
-    def _kept(self, video: Video) -> Iterator[Tensor]:
-        """The features (n, N, Cv) of all frames of a video, in order, also while a writer gathers its segments.
+    def parts(self, video: Video) -> Iterator[dict[str, Tensor]]:
+        """What `pack_features` gave of all frames of a video, part by part, also while a writer gathers its segments.
 
         Raises:
             MemoryFileError: a segment is missing or damaged.
@@ -236,13 +226,14 @@ class Repository:
                 if segment.first > at or at == video.frames:
                     break
                 try:
-                    features = self.features(video, segment)
+                    packed = self.packed(video, segment)
                 except MemoryFileError:
                     if segment in self.catalogue.segments(video.name):
                         raise
                     break  # a longer one has taken its place
-                part = features[at - segment.first : video.frames - segment.first]
-                at += len(part)
+                rows = slice(at - segment.first, video.frames - segment.first)
+                part = {kind: tensor[rows] for kind, tensor in packed.items()}
+                at += len(part["features"])
                 yield part
 
     def _mapped(self, video: Video, append: bool) -> VideoMemory:
@@ -269,8 +260,8 @@ class Repository:
         memory = VideoMemory(writer.shape, writer.fingerprint(), device, files)
         memory.attach(writer)
         memory.reserve(video.frames)
-        for features in self._kept(video):
-            memory.append_features(features)
+        for part in self.parts(video):
+            memory.append_features(unpack_features(part))
         return memory
 
 

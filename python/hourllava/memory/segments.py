@@ -80,15 +80,6 @@ def to_gather(last: list[Segment], frames: int) -> list[Segment]:
     return gathered
 
 
-def read_segment(path: Path, segment: Segment) -> Tensor:
-    """Features (n, N, Cv) float32, every byte checked.
-
-    Raises:
-        MemoryFileError: as for `read_packed`.
-    """
-    return unpack_features(read_packed(path, segment))
-
-
 def read_packed(path: Path, segment: Segment) -> dict[str, Tensor]:
     """What `pack_features` gave, every byte checked.
 

@@ -34,7 +34,7 @@ def verify(repository: Repository, name: str) -> list[Problem]:
             problems.append(Problem(name, f"frames {end} to {segment.first} are missing", end))
         end = segment.first + segment.frames
         try:
-            repository.features(video, segment)
+            repository.packed(video, segment)
         except MemoryFileError as error:
             # Else a writer has just checked it and put its frames into a longer one.
             if segment in repository.catalogue.segments(name):

@@ -2,6 +2,7 @@
 """Recipes as text: fields changed from a command line, shown, saved beside what they made, and compared with it."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, asdict, fields, replace
 from difflib import get_close_matches
@@ -18,11 +19,13 @@ CHOICES = {
     "spatial_forgetting": ("random", "uniform"),
     "schedule": ("cosine", "linear", "constant", "constant_with_warmup"),
     "trains": tuple(PARTS),
+    "report_to": ("tensorboard", "wandb", "none"),
 }
 # Fields that may differ from those of the checkpoint that a run goes on from.
 FREE = {"--workers", "--failure-limit", "--save-steps", "--keep", "--report-to", "--parallel"}
 _FROM_ONE = {"batch_size", "batch_per_device", "memory_parallel", "save_steps", "keep", "tower_steps", "event_weight"}
-_FROM_ONE |= {"film_size"}
+_FROM_ONE |= {"film_size", "max_length", "lora_alpha", "memaug_depth", "image_grid", "image_max_tiles"}
+_BELOW = {"adam_beta1": 1, "adam_beta2": 1, "warmup_ratio": 1, "seed": 2**32}
 _LISTED = 5  # fields that a line names at most
 _TRUE, _FALSE = ("true", "yes", "1"), ("false", "no", "0")
 
@@ -135,8 +138,10 @@ def check_same(recipe: Recipe | Training, saved: Recipe | Training, where: Path)
     now, before = ({"the name": one.name, **settings(one)} for one in (recipe, saved))
     other = [name for name in now | before if now.get(name) != before.get(name) and name not in FREE]
     if other:
-        differs = ", ".join(f"{name} was {shown(before.get(name))} and is {shown(now.get(name))}" for name in other[:5])
-        more = f", and {len(other) - 5} more" if len(other) > 5 else ""
+        differs = ", ".join(
+            f"{name} was {shown(before.get(name))} and is {shown(now.get(name))}" for name in other[:_LISTED]
+        )
+        more = f", and {len(other) - _LISTED} more" if len(other) > _LISTED else ""
         raise RecipeError(
             where, f"it was begun by another recipe: {differs}{more}", "give the same values, or another -o"
         )
@@ -187,15 +192,25 @@ def _value(name: str, field: Field, text: str) -> Any:
         raise RecipeError(name, f"{text!r} does not fit", f"give {wanted[first]}") from error
     if value == ():
         raise RecipeError(name, "it names nothing", "name some, by commas")
-    if isinstance(value, int | float) and not value >= 0:
-        raise RecipeError(name, f"{text} is below zero", "give a number from 0 on")
-    if field.name in _FROM_ONE and value < 1:
-        raise RecipeError(name, f"{text} is none at all", "give a whole number above 0")
-    for chosen in value if isinstance(value, tuple) else (value,):
+    if isinstance(value, int | float):
+        _check_number(name, field.name, value)
+    several = text.split(",") if field.name == "report_to" else (value,)
+    for chosen in value if isinstance(value, tuple) else several:
         if field.name in CHOICES and chosen not in CHOICES[field.name]:
             why = f"there is no {chosen!r}" + _nearest(chosen, CHOICES[field.name])
             raise RecipeError(name, why, f"choose from {', '.join(CHOICES[field.name])}")
     return value
+
+
+def _check_number(name: str, field: str, value: float) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecipeError(name, f"{value} is no number to count with", "give another")
+    if value < 0:
+        raise RecipeError(name, f"{value} is below zero", "give a number from 0 on")
+    if not value and (field in _FROM_ONE or field == "epochs"):
+        raise RecipeError(name, f"{value} is none at all", "give a number above 0")
+    if value >= _BELOW.get(field, math.inf):
+        raise RecipeError(name, f"{value} is too large", f"give a number below {_BELOW[field]}")
 
 
 def _lesson(text: str) -> Lesson:

@@ -63,6 +63,11 @@ class Bar(ProgressCallback):
         if self.training_bar is not None:
             self.training_bar.set_description(args.run_name)
 
+    def end(self) -> None:
+        """Leave the bar as it is, and the line that it stands on."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+
     def on_log(
         self,
         args: TrainingArguments,

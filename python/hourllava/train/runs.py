@@ -70,7 +70,8 @@ def check_packages(recipe: Training) -> None:
     if uses_zero(recipe):
         needed["deepspeed"] = "--parallel", "'hourllava[zero]'"
     for name, (flag, source) in needed.items():
-        if find_spec(name) is None:
+        found = find_spec(name)
+        if found is None or found.origin is None:  # a folder of that name, as W&B leaves behind, is no package
             raise RecipeError(flag, f"{name} is not installed", f"pip install {source}, or choose another")
 
 
@@ -81,9 +82,13 @@ def go(trainer: VideoTrainer, out_dir: Path, begun: Path | None) -> None:
         StoppedError: SIGTERM came; the last step is saved.
     """
     trainer.remove_callback(PrinterCallback if trainer.args.disable_tqdm else ProgressCallback)
+    bar = Bar()
     if not trainer.args.disable_tqdm:
-        trainer.add_callback(Bar)
-    trainer.train(resume_from_checkpoint=str(begun) if begun else None)
+        trainer.add_callback(bar)
+    try:
+        trainer.train(resume_from_checkpoint=str(begun) if begun else None)
+    finally:
+        bar.end()  # so that what is said of an error begins a line
     if trainer.state.global_step < trainer.state.max_steps:
         last = checkpoints(out_dir)[-1].name
         raise StoppedError(out_dir, f"the run was asked to end; {last} is saved", GO_ON)

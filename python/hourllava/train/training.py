@@ -245,7 +245,7 @@ def training_arguments(recipe: Training, out_dir: Path, accumulation: int) -> Tr
             logging_nan_inf_filter=False,
             save_strategy="steps",
             save_steps=recipe.save_steps,
-            report_to=[] if recipe.report_to == "none" else recipe.report_to.split(","),
+            report_to=[one for one in recipe.report_to.split(",") if one != "none"],
             run_name=recipe.name,
             seed=recipe.seed,
             use_cpu=not torch.cuda.is_available(),

@@ -2,6 +2,7 @@
 """Video files in, one frame per second and bounded memory; and out, for rendered films."""
 
 from hourllava.video.clock import clock, seconds_of_clock
+from hourllava.video.frame_folder import FrameFolder
 from hourllava.video.live import LiveReader, is_url
 from hourllava.video.opening import DecoderChoice, choose_decoder, open_video
 from hourllava.video.reader import FrameChunk, ReadReport, VideoReader
@@ -12,6 +13,7 @@ from hourllava.video.writer import repeat_video, write_video
 __all__ = [
     "DecoderChoice",
     "FrameChunk",
+    "FrameFolder",
     "LiveReader",
     "ReadReport",
     "VideoReader",
