@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `hourllava plan --measure` says of a video, beside what is then measured: `python -m benchmarks.planned`.
+"""What `hourllava plan --measure VIDEO` says of a video, beside what is then measured: `python -m benchmarks.planned`.
 
 A film of the small model's is watched into a repository and asked from a pool. Rates and work are measured by turns,
 and the median of each counts, so that a machine that is busy for a while is no worse for one than for the other.
@@ -54,7 +54,7 @@ def run(minutes: int, films: Path) -> dict[str, tuple[float, float]]:
     planned = plan("tiny", minutes / 60)
     said, measured = [], []
     for _ in tqdm(range(ROUNDS), "rounds"):
-        rates = measure(model.config, dtype_of(model.config), planned.queries)
+        rates = measure(model.config, dtype_of(model.config), planned.queries, str(film))
         exact = rates.times(model.config, replace(planned, pages_read=planned.pages))
         said.append(rates.times(model.config, planned) | {"question, all pages": exact["question"]})
         with tempfile.TemporaryDirectory() as folder:

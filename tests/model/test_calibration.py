@@ -2,11 +2,14 @@
 """Rates of a machine: their arithmetic, and that layers which are timed alone count as those that are run."""
 
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 import torch
+from clips import write_clip
 from tiny_model import make_model
 
+from hourllava.errors import VideoError
 from hourllava.model import calibration, tiny_config
 from hourllava.model.calibration import Rates
 from hourllava.model.planning import plan
@@ -41,6 +44,7 @@ def test_rows_beyond_those_measured_look_at_each_other():
 
 def test_a_tower_too_large_to_be_run_is_timed_by_the_layer(monkeypatch):
     monkeypatch.setattr(calibration, "CLIP_SECONDS", 2)
+    monkeypatch.setattr(calibration, "WATCHES", 1)
     monkeypatch.setattr(calibration, "SEGMENT", 1)
     monkeypatch.setattr(calibration, "FLOP", 1.0)  # none is run beside the decoder, then
     monkeypatch.setattr(calibration, "_layer_time", lambda config: 1000.0)
@@ -51,6 +55,31 @@ def test_a_tower_too_large_to_be_run_is_timed_by_the_layer(monkeypatch):
     assert rates.rows == 100
     assert min(rates.decode, rates.write, rates.least) > 0
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_video_like_those_to_come(tmp_path, monkeypatch):
+    """Its own pictures are decoded, no more of them than a clip has, or all there are; what is none is told."""
+    seen = []
+
+    class Seen(calibration._Writer):
+        def encode(self, frames):
+            seen.append(frames)
+            return super().encode(frames)
+
+    monkeypatch.setattr(calibration, "_Writer", Seen)
+    monkeypatch.setattr(calibration, "SEGMENT", 1)
+    monkeypatch.setattr(calibration, "WATCHES", 1)
+    threads = torch.get_num_threads()
+    for seconds in (4 * threads + 30, 3):
+        path = tmp_path / f"{seconds}.mp4"
+        write_clip(path, range(seconds), Fraction(1))
+        seen.clear()
+        rates = calibration.measure(make_model().config, torch.float32, 100, str(path))
+        filled = sum(int((frames.amax((1, 2, 3)) > 127).sum()) for frames in seen)
+        assert filled == 2 * (min(seconds, 4 * threads) - 1)  # picture 0 is black, as what fills a batch up
+        assert rates.decode > 0
+    with pytest.raises(VideoError):
+        calibration.measure(make_model().config, torch.float32, 100, str(tmp_path / "none.mp4"))
 
 
 @pytest.mark.parametrize(("budget", "read"), [("all", 1829), ("1/8", 229), ("100p", 100), ("60s", 31), ("5000p", 1829)])

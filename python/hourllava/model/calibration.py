@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2Model
 
+from hourllava.errors import VideoError
 from hourllava.memory import Repository, VideoMemory
 from hourllava.memory.pages import PAGE_SIZE, MemoryPages
 from hourllava.memory.video_memory import summary_dtype
@@ -41,7 +42,7 @@ FLOP = 2e10  # of the vision tower's layers, in whatever is timed at once: about
 class Rates:
     """What was measured, in seconds."""
 
-    decode: float  # that watching waits for the decoder, per frame of a video of 640 x 360, 25 frames a second
+    decode: float  # that watching waits for the decoder, per frame
     encode: float  # in the vision tower, per frame
     write: float  # to project a frame, write it to pages and commit it
     row: float  # of MemAug and the decoder, per row of a question of `rows`, without what the memory takes
@@ -65,19 +66,23 @@ class Rates:
 
 
 @torch.no_grad()
-def measure(config: HourLlavaConfig, dtype: torch.dtype, queries: int) -> Rates:
+def measure(config: HourLlavaConfig, dtype: torch.dtype, queries: int, like: str | None = None) -> Rates:
     """Run layers of a model's shapes on this machine's CPU; no weight is read.
 
     Args:
         config: the model's.
         dtype: of its weights and of its memories.
         queries: rows of the questions that are planned.
+        like: path of a video that is decoded as those that are planned will be; None makes a clip.
+
+    Raises:
+        VideoError: the video cannot be read.
     """
     rows = min(queries, ROWS)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        rates = *_watch_rates(config, dtype), *_question_rates(config, rows)
+        rates = *_watch_rates(config, dtype, like), *_question_rates(config, rows)
     finally:
         torch.set_default_dtype(before)
     return Rates(*rates, _least_question(), rows)
@@ -94,50 +99,55 @@ def seconds(work: Callable[[], object]) -> float:
     return min(taken)
 
 
-def _watch_rates(config: HourLlavaConfig, dtype: torch.dtype) -> tuple[float, float, float]:
-    """Seconds a frame of the stages of a clip that is watched into a repository, since cores that decode are taken from
-    the tower. Of a large tower, the layers that would take too long are left out there and timed alone.
+def _watch_rates(config: HourLlavaConfig, dtype: torch.dtype, like: str | None) -> tuple[float, float, float]:
+    """Seconds a frame of the stages of minutes that are watched into a repository, since cores that decode are taken
+    from the tower. Of a large tower, the layers that would take too long are left out there and timed alone.
     """
-    depth, flop = config.vision_config.num_hidden_layers, _layer_flop(config)
+    depth, frames = config.vision_config.num_hidden_layers, CLIP_SEGMENTS * SEGMENT * torch.get_num_threads()
+    layers = min(depth, int(FLOP / (_layer_flop(config) * frames)))
     taken = []
     with tempfile.TemporaryDirectory() as folder:
-        clip = Path(folder) / "clip.mp4"
-        frames = _write_clip(clip)
-        layers = min(depth, int(FLOP / (flop * frames)))
+        clip = like or _write_clip(Path(folder), frames)
         repository, writer = Repository(Path(folder) / "memories"), _Writer(config, dtype, layers)
         for number in range(1 + WATCHES):
             memory = repository.add(f"{number}", writer, pages=True)
-            taken.append(_watch(clip, memory, config.tile_size))
+            taken.append(_watch(clip, memory, config.tile_size, frames))
             memory.close()
     decode, encode, write = sorted(taken[1:], key=sum)[WATCHES // 2]  # the first has warmed up
     alone = (depth - layers) * _layer_time(config) if layers < depth else 0.0
-    return decode / frames, encode / frames + alone, write / frames
+    return decode, encode + alone, write
 
 
-def _watch(clip: Path, memory: VideoMemory, size: int) -> tuple[float, float, float]:
-    """Seconds to decode, encode and write."""
+def _watch(clip: str, memory: VideoMemory, size: int, most: int) -> tuple[float, float, float]:
+    """Seconds per frame to decode, encode and write, of so many frames at the most; the index is read of all."""
     began = time.perf_counter()
     reader = VideoReader(clip)
-    memory.reserve(reader.frames_expected)
+    opened = time.perf_counter()
+    memory.reserve(min(most, reader.frames_expected))
     for chunk in reader.chunks(size, CHUNK):
-        memory.append(chunk.frames)
+        memory.append(chunk.frames[: most - memory.frames])
+        if memory.frames == most:
+            break
+    if not memory.frames:
+        raise VideoError(clip, "it holds no frame", "give a video that has some")
     encode, write = memory.timings["encode"], memory.timings["write"]
-    return time.perf_counter() - began - encode - write, encode, write
+    decode = time.perf_counter() - opened - encode - write
+    index = (opened - began) / max(reader.frames_expected, 1)
+    return index + decode / memory.frames, encode / memory.frames, write / memory.frames
 
 
-def _write_clip(path: Path) -> int:
-    """Write a clip that is long enough for all cores and as restless as a camera's, and return its seconds."""
+def _write_clip(folder: Path, frames: int) -> str:
+    """A clip of so many seconds at the least, as restless as a film of 0.2 Mbit a second."""
     height, width = CLIP_SIZE
     ramp = (np.arange(height)[:, None, None] + np.arange(width)[:, None] + np.arange(3) * 40) // 5
-    grain = np.random.default_rng(0).integers(-2, 3, (height, width, 1))
+    grain = np.random.default_rng(0).integers(-5, 6, (height, width, 1)) // 2
     pictures = (
         (ramp + np.roll(grain, (7 * n, 13 * n), (0, 1))).astype(np.uint8) for n in range(CLIP_FPS * CLIP_SECONDS)
     )
-    times = -(-CLIP_SEGMENTS * SEGMENT * torch.get_num_threads() // CLIP_SECONDS)
-    once = path.with_name("once.mp4")
+    once, clip = folder / "once.mp4", folder / "clip.mp4"
     write_video(once, pictures, Fraction(CLIP_FPS), CLIP_SIZE)
-    repeat_video(once, path, times)
-    return times * CLIP_SECONDS
+    repeat_video(once, clip, -(-frames // CLIP_SECONDS))
+    return str(clip)
 
 
 def _layer_flop(config: HourLlavaConfig) -> float:
