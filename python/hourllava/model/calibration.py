@@ -24,7 +24,7 @@ from hourllava.video.runs import SEGMENT
 from .configuration import HourLlavaConfig
 from .loading import load_model
 from .memaug import Block, MemoryUse, PageBudget, rotary_frequencies
-from .planning import PROMPT, Plan
+from .planning import PROMPT, Plan, frames_ahead
 from .stream import QueryStream
 from .vision import VisionTower
 from .watching import BATCH, CHUNK, memory_shape
@@ -34,7 +34,8 @@ WATCHES = 5  # of a clip, by turns of decoder and tower that are never quite the
 ROWS = 1024  # of a question, at the most: with so many, a row's time no longer depends on their number
 PAGES = 64  # that they read, and five times as many
 CLIP_SIZE, CLIP_FPS, CLIP_SECONDS = (360, 640), 25, 10
-CLIP_SEGMENTS = 4  # that each core decodes of the clip
+CLIP_SEGMENTS = 4  # that each core decodes of what is watched, behind
+WARM = 2 * CHUNK  # frames
 FLOP = 2e10  # of the vision tower's layers, in whatever is timed at once: about a second on a slow machine
 
 
@@ -103,11 +104,11 @@ def _watch_rates(config: HourLlavaConfig, dtype: torch.dtype, like: str | None) 
     """Seconds a frame of the stages of minutes that are watched into a repository, since cores that decode are taken
     from the tower. Of a large tower, the layers that would take too long are left out there and timed alone.
     """
-    depth, frames = config.vision_config.num_hidden_layers, CLIP_SEGMENTS * SEGMENT * torch.get_num_threads()
+    depth, frames = config.vision_config.num_hidden_layers, _chunks(CLIP_SEGMENTS * SEGMENT * torch.get_num_threads())
     layers = min(depth, int(FLOP / (_layer_flop(config) * frames)))
     taken = []
     with tempfile.TemporaryDirectory() as folder:
-        clip = like or _write_clip(Path(folder), frames)
+        clip = like or _write_clip(Path(folder), WARM + frames + frames_ahead())
         repository, writer = Repository(Path(folder) / "memories"), _Writer(config, dtype, layers)
         for number in range(1 + WATCHES):
             memory = repository.add(f"{number}", writer, pages=True)
@@ -119,21 +120,33 @@ def _watch_rates(config: HourLlavaConfig, dtype: torch.dtype, like: str | None) 
 
 
 def _watch(clip: str, memory: VideoMemory, size: int, most: int) -> tuple[float, float, float]:
-    """Seconds per frame to decode, encode and write, of so many frames at the most; the index is read of all."""
+    """Seconds per frame to decode, encode and write, of so many frames or all there are, with the index of all.
+
+    Decoders are ahead of the tower in the middle of a video: unless it is short, the clock starts when they are.
+    """
     began = time.perf_counter()
     reader = VideoReader(clip)
-    opened = time.perf_counter()
-    memory.reserve(min(most, reader.frames_expected))
+    started = ended = time.perf_counter()
+    index = (started - began) / max(reader.frames_expected, 1)
+    warm = WARM if reader.frames_expected > WARM + CHUNK else 0
+    memory.reserve(min(warm + most, reader.frames_expected))
     for chunk in reader.chunks(size, CHUNK):
-        memory.append(chunk.frames[: most - memory.frames])
-        if memory.frames == most:
-            break
-    if not memory.frames:
-        raise VideoError(clip, "it holds no frame", "give a video that has some")
+        memory.append(chunk.frames)
+        ended = time.perf_counter()
+        if memory.frames == warm:
+            started, memory.timings = ended, dict.fromkeys(memory.timings, 0.0)
+        if memory.frames >= warm + most:
+            break  # what decoders have done beyond is not counted, as what they had done before is not
+    frames = memory.frames - warm
+    if frames < 1:
+        raise VideoError(clip, "it holds too few frames", "give one that is longer, or is not damaged")
     encode, write = memory.timings["encode"], memory.timings["write"]
-    decode = time.perf_counter() - opened - encode - write
-    index = (opened - began) / max(reader.frames_expected, 1)
-    return index + decode / memory.frames, encode / memory.frames, write / memory.frames
+    return index + (ended - started - encode - write) / frames, encode / frames, write / frames
+
+
+def _chunks(frames: int) -> int:
+    """So many frames, to the end of a chunk."""
+    return -(-frames // CHUNK) * CHUNK
 
 
 def _write_clip(folder: Path, frames: int) -> str:

@@ -119,7 +119,7 @@ def plan(
             "question": _question(config, queries) * dtype.itemsize,
             "tower": _watching(config) * dtype.itemsize,
         },
-        host={"frames": _frames_ahead() * 3 * tower.image_size**2},
+        host={"frames": frames_ahead() * 3 * tower.image_size**2},
         disk={
             "features": frames * packed_bytes(precision, shape.per_frame, config.vision_width),
             "pages": page_count(frames, shape.per_frame) * shape.page_bytes,
@@ -165,6 +165,6 @@ def _watching(config: HourLlavaConfig) -> int:
     return BATCH * config.patches_per_side**2 * per_patch
 
 
-def _frames_ahead() -> int:
+def frames_ahead() -> int:
     """Pictures that exist at once between the decoder and the tower."""
     return 2 * CHUNK + (torch.get_num_threads() + 1) * PICTURES_AHEAD
