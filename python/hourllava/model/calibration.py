@@ -32,7 +32,7 @@ from .watching import BATCH, CHUNK, memory_shape
 ROUNDS = 3
 WATCHES = 5  # of a clip, by turns of decoder and tower that are never quite the same
 ROWS = 1024  # of a question, at the most: with so many, a row's time no longer depends on their number
-PAGES = 64  # that they read, and five times as many
+PAGES, TIMES_PAGES = 64, (5, 16)  # that they read, and as many times more as can be read soon
 CLIP_SIZE, CLIP_FPS, CLIP_SECONDS = (360, 640), 25, 10
 CLIP_SEGMENTS = 4  # that each core decodes of what is watched, behind
 WARM = 2 * CHUNK  # frames
@@ -230,8 +230,10 @@ def _question_rates(config: HourLlavaConfig, rows: int) -> tuple[float, float, f
         use = MemoryUse(budget=None if budget is None else PageBudget(budget), mass_weight=weight)
         return seconds(lambda: block(x, memory.key_pages, memory.value_pages, stream, inv_freq, memory, use))
 
-    few, more, chosen = attend(PAGES), attend(5 * PAGES), attend(5 * PAGES, PAGES)
-    page, score = max(more - few, 0.0) / (4 * PAGES), max(chosen - few, 0.0) / (5 * PAGES)
+    soon = int(2 * FLOP / (4 * rows * PAGES * PAGE_SIZE * decoder.hidden_size))
+    pages = PAGES * min(max(soon, TIMES_PAGES[0]), TIMES_PAGES[1])
+    few, more, chosen = attend(PAGES), attend(pages), attend(pages, PAGES)
+    page, score = max(more - few, 0.0) / (pages - PAGES), max(chosen - few, 0.0) / pages
     models = [Qwen2Model(_decoder(config, layers)).eval() for layers in (1, 2)]
     one, two = (seconds(lambda model=model: model(inputs_embeds=x[None])) for model in models)  # type: ignore[misc]
     row = config.memaug_depth * (few - PAGES * page) + decoder.num_hidden_layers * max(two - one, 0.0)
