@@ -11,9 +11,10 @@ from torch import Tensor
 
 from hourllava.errors import MemoryFileError
 
+from .pages import batches
 from .repository import Repository, VideoJournal, check_name, locked
 from .storage import reason
-from .video_memory import MemoryWriter, batches
+from .video_memory import MemoryWriter
 
 COMMIT = 256  # frames; an hour is 15 files, and a writer that is killed loses four minutes at most
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a video's keys and values lie: pages of 128 rows, visual tokens and newlines each filling their own."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -34,6 +35,14 @@ class PageLayout:
 def page_count(frames: int, per_frame: int) -> int:
     """Pages that a memory of `frames` frames needs, of both kinds."""
     return _ceil_div(frames * per_frame, PAGE_SIZE) + _ceil_div(frames, PAGE_SIZE)
+
+
+def batches(first: int, end: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """Cut frames `first` to `end` at multiples of `size`: start, end and place in the batch of each part."""
+    while first < end:
+        stop = min(end, first - first % size + size)
+        yield first, stop, first % size
+        first = stop
 
 
 def visual_slots(frame: Tensor, per_frame: int) -> Tensor:

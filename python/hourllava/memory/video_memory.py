@@ -5,7 +5,7 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import BinaryIO, Protocol
 
@@ -15,7 +15,7 @@ from torch import Tensor
 import hourllava_ext as ext
 from hourllava.errors import MemoryFileError, ModelError
 
-from .pages import PAGE_SIZE, MemoryPages, frame_slots, open_pages, page_count, rows_in_use
+from .pages import PAGE_SIZE, MemoryPages, batches, frame_slots, open_pages, page_count, rows_in_use
 from .pool import Pool
 from .sharding import Shard
 from .storage import Pieces, as_bytes, read_memory_file, write_memory_file
@@ -392,11 +392,3 @@ def summary_of(keys: Tensor, length: int) -> Tensor:
     rows, slots = keys[:, :length].transpose(0, 1), torch.arange(length, device=keys.device)
     unrotated = torch.empty(0, dtype=torch.float32, device=keys.device)
     return ext.page_write(rows, rows, torch.zeros_like(slots), slots, unrotated, 1, PAGE_SIZE)[2][0]
-
-
-def batches(first: int, end: int, size: int) -> Iterator[tuple[int, int, int]]:
-    """Cut frames `first` to `end` at multiples of `size`: start, end and place in the batch of each part."""
-    while first < end:
-        stop = min(end, first - first % size + size)
-        yield first, stop, first % size
-        first = stop
