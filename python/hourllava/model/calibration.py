@@ -104,7 +104,8 @@ def _watch_rates(config: HourLlavaConfig, dtype: torch.dtype, like: str | None) 
     """Seconds a frame of the stages of minutes that are watched into a repository, since cores that decode are taken
     from the tower. Of a large tower, the layers that would take too long are left out there and timed alone.
     """
-    depth, frames = config.vision_config.num_hidden_layers, _chunks(CLIP_SEGMENTS * SEGMENT * torch.get_num_threads())
+    depth = config.vision_config.num_hidden_layers
+    frames = -(-CLIP_SEGMENTS * SEGMENT * torch.get_num_threads() // CHUNK) * CHUNK  # whole chunks
     layers = min(depth, int(FLOP / (_layer_flop(config) * frames)))
     taken = []
     with tempfile.TemporaryDirectory() as folder:
@@ -142,11 +143,6 @@ def _watch(clip: str, memory: VideoMemory, size: int, most: int) -> tuple[float,
         raise VideoError(clip, "it holds too few frames", "give one that is longer, or is not damaged")
     encode, write = memory.timings["encode"], memory.timings["write"]
     return index + (ended - started - encode - write) / frames, encode / frames, write / frames
-
-
-def _chunks(frames: int) -> int:
-    """So many frames, to the end of a chunk."""
-    return -(-frames // CHUNK) * CHUNK
 
 
 def _write_clip(folder: Path, frames: int) -> str:

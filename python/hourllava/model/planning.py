@@ -98,11 +98,10 @@ def plan(
     shape = memory_shape(config, dtype)
     remembered = remembered_frames(config, frames)
     queries = _kept_tokens(config, remembered, shape.per_frame) + PROMPT
-    pages = page_count(frames, shape.per_frame) * shape.page_bytes
-    if remembered > frames:  # pages of the repeated frames, made for the question
-        pages += page_count(remembered, shape.per_frame) * shape.page_bytes
+    kept, asked = (page_count(count, shape.per_frame) for count in (frames, remembered))
+    # Of a short video, pages of its repeated frames are made for the question.
+    pages = (kept + asked if remembered > frames else kept) * shape.page_bytes
     budget = as_budget(config.memory_budget)
-    asked = page_count(remembered, shape.per_frame)
     tower = config.vision_config
     return Plan(
         model=str(model),
@@ -122,7 +121,7 @@ def plan(
         host={"frames": frames_ahead() * 3 * tower.image_size**2},
         disk={
             "features": frames * packed_bytes(precision, shape.per_frame, config.vision_width),
-            "pages": page_count(frames, shape.per_frame) * shape.page_bytes,
+            "pages": kept * shape.page_bytes,
             "tokens": frames * shape.token_bytes,
         },
     )
