@@ -133,11 +133,11 @@ class FailureLog:
 
     def _write(self, identity: str, error: HourLlavaError) -> None:
         fields = {"id": identity, "what": error.what, "why": error.why, "todo": error.todo}
-        line = json.dumps(fields, ensure_ascii=False) + "\n"
+        line = (json.dumps(fields, ensure_ascii=False) + "\n").encode()
         # One write to a file opened for appending: lines of several processes do not mix.
         try:
-            with self.path.open("ab") as file:
-                file.write(line.encode())
+            with self.path.open("ab", buffering=len(line) + 1) as file:
+                file.write(line)
         except OSError as failure:
             why = f"it cannot be written ({failure.strerror})"
             raise DataError(self.path, why, "free some space, and run the same command again") from failure
