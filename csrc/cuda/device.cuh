@@ -18,6 +18,11 @@ struct Grid {
 
 inline void check_cuda(cudaError_t error, const char* what) {
     if (error == cudaSuccess) return;
+    if (error == cudaErrorNoKernelImageForDevice) {
+        throw std::runtime_error(
+            "hourllava_ext: its kernels need a GPU of compute capability 8.0 or newer, and this one is older; "
+            "use the CPU");
+    }
     throw std::runtime_error(std::string("hourllava_ext: a GPU kernel could not be ") + what + ": " +
                              cudaGetErrorString(error));
 }

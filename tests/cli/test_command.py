@@ -246,6 +246,28 @@ def test_doctor_tells_what_a_gpu_would_run(capsys: pytest.CaptureFixture[str], m
         assert said in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("capability", "said"),
+    [
+        ((7, 5), "no      CUDA device       get it: a GPU of compute capability 8.0 or newer; Tesla T4 has 7.5"),
+        ((8, 0), "ok      CUDA device       Tesla T4, CUDA "),
+    ],
+)
+def test_doctor_names_a_gpu_that_is_too_old(
+    capability: tuple[int, int],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr("hourllava.cli.doctor._decoder", list)
+    assert main(["doctor"]) == 0
+    assert said in capsys.readouterr().out
+
+
 def test_help_comes_at_once() -> None:
     """Help needs neither torch nor PyAV."""
     code = (

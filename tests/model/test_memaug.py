@@ -2,6 +2,7 @@
 """MemAug on its own: post-norm blocks, positions, evidence, compilation."""
 
 from dataclasses import fields, replace
+from decimal import Decimal
 
 import pytest
 import torch
@@ -60,6 +61,16 @@ def test_mass_is_the_share_of_attention():
     memaug.layers = memaug.layers[:1]
     _, mass = memaug(queries, stream, pages[:1], MemoryUse(mass_weight=weight))
     assert float(mass[0, 3]) > 0.999
+
+
+@pytest.mark.parametrize(("heads", "base"), [(8, 1e6), (16, 1e4), (4, 5e5)])
+def test_frequencies_are_the_same_on_every_device(heads, base):
+    config = tiny_config().text_config
+    config.hidden_size, config.num_attention_heads, config.rope_parameters["rope_theta"] = 1024, heads, base
+    rotated = 1024 // heads // 2
+    exact = [Decimal(base) ** (Decimal(-2 * i) / rotated) for i in range(rotated // 2)]
+    # Rounded once: the float32 nearest to the exact value, which no device's pow of float32 promises.
+    assert rotary_frequencies(config, torch.device("cpu")).tolist() == torch.tensor([float(f) for f in exact]).tolist()
 
 
 def test_fullgraph_compile():

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 REINSTALL = "pip install --no-build-isolation . in the repository"
 DEVICES = ("CPU", "CUDA")
+OLDEST_GPU = (8, 0)  # NVIDIA's compute capability that the kernels are compiled for
 
 
 @dataclass(frozen=True)
@@ -139,19 +140,24 @@ def _optional() -> list[Finding]:
         "triton": ("triton", "comes with torch for CUDA; pip install triton (kernels for other GPUs)"),
     }
     packages = [Finding(name, _version(package), todo, needed=False) for name, (package, todo) in wanted.items()]
-    cuda = "an NVIDIA GPU with its driver and a torch built for CUDA (pytorch.org)"
     return [
         *packages,
         Finding("nvcc", release, "the CUDA toolkit from developer.nvidia.com (compiles CUDA kernels)", needed=False),
-        Finding("CUDA device", _cuda_device(), cuda, needed=False),
+        _cuda_device(),
     ]
 
 
-def _cuda_device() -> str | None:
+def _cuda_device() -> Finding:
+    todo = "an NVIDIA GPU with its driver and a torch built for CUDA (pytorch.org)"
     try:
         torch = importlib.import_module("torch")
     except ImportError:
-        return None
-    if not torch.cuda.is_available():
-        return None
-    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+        torch = None
+    if torch is None or not torch.cuda.is_available():
+        return Finding("CUDA device", None, todo, needed=False)
+    name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    if torch.version.hip is None and capability < OLDEST_GPU:
+        oldest, own = (".".join(map(str, version)) for version in (OLDEST_GPU, capability))
+        todo = f"a GPU of compute capability {oldest} or newer; {name} has {own}"
+        return Finding("CUDA device", None, todo, needed=False)
+    return Finding("CUDA device", f"{name}, CUDA {torch.version.cuda}")

@@ -41,8 +41,9 @@ class MemoryUse:
 def rotary_frequencies(config: PreTrainedConfig, device: torch.device) -> Tensor:
     """float32 (head_dim / 4,): only the first half of a MemAug head is rotated, with the decoder's base."""
     rotated = config.hidden_size // config.num_attention_heads // 2
-    exponent = torch.arange(0, rotated, 2, dtype=torch.float32, device=device) / rotated
-    return 1.0 / config.rope_parameters["rope_theta"] ** exponent
+    # A device's float32 powers are its own; rounded from float64, a memory's keys fit queries of another device.
+    exponent = torch.arange(0, rotated, 2, dtype=torch.float64, device=device) / rotated
+    return (config.rope_parameters["rope_theta"] ** -exponent).float()
 
 
 class SelfAttention(nn.Module):
