@@ -19,6 +19,7 @@ LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
 def test_two_processes_answer_as_one(clip: str, model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["watch", clip, "--into", str(tmp_path), "--name", "clip", "--model", model]) == 0
     request = ["ask", str(tmp_path / "clip"), QUESTION, "--model", model, "--json", "--plot", str(tmp_path / "a.png")]
+    request += ["--budget", "1/2"]
     capfd.readouterr()
     assert main(request) == 0
     alone = json.loads(capfd.readouterr().out)

@@ -13,12 +13,20 @@ from hourllava.memory import MemoryPages, Repository, ShardedMemory, sharded_att
 from hourllava.memory.pages import frame_slots
 from hourllava.memory.sharding import page_mass
 from hourllava.model import FrameWriter, watch_sharded
+from hourllava.model.budget import Budget
 from hourllava.video import LiveReader
 from hourllava_ext import reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 QUESTION = "Which colour was the star?"
 SECONDS, EARLIER = 300, 140  # of the video, and when it is asked for the first time
+BUDGETS = {
+    "a half": "1/2",
+    "one page": "1p",
+    "a minute": "60s",
+    "always read": Budget(pages=9, keep=((3.0, 5.0), (130.0, 131.0))),
+    "tiles": Budget(part=4, tile=3, mode="content"),
+}
 PAGES, ROWS, KV_HEADS, HEADS, WIDTH, QUERIES = 11, 128, 2, 4, 16, 23
 
 
@@ -107,6 +115,12 @@ def shown(answer):
     return {"text": answer.text, "top": answer.top_tokens, "mass": answer.mass, "moments": answer.moments}
 
 
+def read_in_part(model, memory, budget):
+    """What is said under a budget, and how many pages each block has attended to here."""
+    answer = model.ask(memory, QUESTION, budget=budget)
+    return shown(answer), (answer.page_mass > 0).sum(1)
+
+
 def ask_together(ranks, folder, counted):
     """A video that is watched, asked, appended to and asked again; what was said, and what each rank holds."""
     model, found = make_model(), {}
@@ -122,9 +136,11 @@ def ask_together(ranks, folder, counted):
     with torch.no_grad():
         found["random"] = shown(model.ask(memory, QUESTION, temporal_forgetting="random", forgetting_seed=3))
         found["alone"] = shown(model.ask(memory, QUESTION, use_memory=False))
-    for options, match in [({"budget": "1/2"}, "budget"), ({"temporal_forgetting": "question"}, "question forgetting")]:
-        with pytest.raises(InputError, match=match):
-            model.ask(memory, QUESTION, **options)
+        for case, budget in BUDGETS.items():
+            (found[case], read), collectives = counted.during(lambda given=budget: read_in_part(model, memory, given))
+            found[f"{case}: read"] = read, collectives
+    with pytest.raises(InputError, match="question forgetting"):
+        model.ask(memory, QUESTION, temporal_forgetting="question")
     with pytest.raises(VideoError, match="another part of a stream; let one process follow it with --into"):
         watch_sharded(model, LiveReader("udp://127.0.0.1:1"))
     kept = Repository(folder).open_sharded("film", FrameWriter(model))
@@ -216,12 +232,26 @@ def test_answers_and_evidence_are_those_of_one_process(got, tmp_path):
     for seconds in (3, 150):
         short = repeated.watch(pictures(seconds), progress=False)
         expected[f"repeated {seconds}"] = shown(repeated.ask(short, QUESTION))
+    expected |= {case: read_in_part(model, memory, budget)[0] for case, budget in BUDGETS.items()}
     for found in got:
         for case, answer in expected.items():
             assert_same_answer(found["asked"][case], answer)
             assert str(found["asked"][case]) == str(got[0]["asked"][case])
         # One a block, one for the kept tokens and one for the evidence.
         assert found["asked"]["collectives"] == model.config.memaug_depth + 2
+
+
+def test_a_budget_chooses_what_one_process_would(got):
+    """Pages are those of one process, so that blocks read as many, whoever holds them; a choice takes two collectives
+    a block."""
+    model = make_model()
+    memory = model.watch(pictures(), progress=False)
+    for case, budget in BUDGETS.items():
+        _, read = read_in_part(model, memory, budget)
+        shares, collectives = zip(*(found["asked"][f"{case}: read"] for found in got), strict=True)
+        assert torch.equal(sum(shares), read), case
+        assert 0 < int(read.max()) < len(memory.pages[0].page_lengths)
+        assert set(collectives) == {3 * model.config.memaug_depth + 2}
 
 
 def test_evidence_by_the_error_rule(got):
@@ -241,7 +271,7 @@ def test_every_second_is_somewhere_once_bit_for_bit(got):
     for found in got:
         total, own = found["asked"]["frames"]
         assert (total, own) == (SECONDS, len(found["asked"]["seconds"]))
-        assert abs(own - SECONDS / len(got)) <= 64
+        assert abs(own - SECONDS / len(got)) <= 128
         mine = found["asked"]["seconds"]
         whole = rows_of(memory, torch.arange(SECONDS))
         per_frame = memory.shape.per_frame
@@ -251,6 +281,6 @@ def test_every_second_is_somewhere_once_bit_for_bit(got):
 
 
 def test_the_least_loaded_rank_is_given_the_next_frames(got):
-    """Runs of 64, 64 and 2 s: the last rank, which holds 100 frames less than the next, is given the first two."""
+    """Runs of 128 and 2 s: the last rank, which holds 100 frames less than the next, is given the first."""
     expected = [0] * (len(got) - 2) + [2, 128]
     assert [found["asked"]["busy"] for found in got] == expected

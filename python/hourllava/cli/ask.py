@@ -47,7 +47,7 @@ def ask(request: AskRequest) -> bool:
     from hourllava.cli.together import processes, take_part
     from hourllava.memory import Repository
     from hourllava.model import Subtitles, load_model
-    from hourllava.model.budget import ALL, as_budget
+    from hourllava.model.budget import as_budget
 
     if Repository.is_at(request.video):
         raise MemoryFileError(request.video, "it holds many memories", f"name one, as {request.video}/NAME")
@@ -57,8 +57,7 @@ def ask(request: AskRequest) -> bool:
         take = take_in if rank is None else take_part
         memory, times = take(model, request.video, request.progress and not rank)
         film = film_of(request.video, memory) if request.evidence else None
-        # Processes that share a memory read all of it.
-        budget = request.budget or (ALL if rank is not None else model.config.memory_budget)
+        budget = request.budget or model.config.memory_budget
         asked = [subtitles.join(question.strip(), memory.frames) for question in request.questions]
         bar = tqdm(asked, "answering", unit="question", disable=not request.progress or bool(rank))
         answers = [model.ask(memory, question, budget=budget) for question in bar]

@@ -7,18 +7,19 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from .pages import PAGE_SIZE
 from .sharding import Shard, least_loaded
 from .video_memory import MemoryPrefix, MemoryWriter, VideoMemory
 
-RUN = 64  # neighbouring seconds that stay together
+RUN = PAGE_SIZE  # neighbouring seconds that stay together: they fill pages of both kinds, those of one process
 
 
 class ShardedMemory:
     """A memory that is appended to and asked by all ranks of a torch.distributed group together.
 
     Every rank makes one and calls every method with the same arguments, in the same order. Every second is encoded and
-    kept by one rank: runs of 64 go to the rank that holds the least when they begin. What a rank keeps of a second, and
-    where, does not depend on how the frames were divided over calls.
+    kept by one rank: runs of 128 go to the rank that holds the least when they begin. What a rank keeps of a second,
+    and where, does not depend on how the frames were divided over calls.
 
     Args:
         writer: the model, the same on every rank.

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.nn import functional as F
 
 import hourllava_ext as ext
 
@@ -30,7 +31,12 @@ class Shard:
     @property
     def seconds(self) -> Tensor:
         """The seconds that this rank holds, in the order of its frames: int64 (n,)."""
-        return (self.owner == dist.get_rank(self.group)).nonzero()[:, 0]
+        return self.parts[dist.get_rank(self.group)]
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """The same of every rank."""
+        return [(self.owner == rank).nonzero()[:, 0] for rank in range(dist.get_world_size(self.group))]
 
 
 def sharded_attention(
@@ -69,6 +75,31 @@ def sharded_attention(
         inv_freq,
     )
     return ext.merge_attention(*_Gathered.apply(out, lse, group))
+
+
+def gather_pages(pages: MemoryPages, counts: Sequence[int], group: dist.ProcessGroup) -> MemoryPages:
+    """Every rank's pages, rank after rank, by their summaries: enough to choose some of them on every rank alike.
+
+    Args:
+        pages: this rank's; the first row of the table lists them in order.
+        counts: pages of each rank.
+        group: the ranks.
+
+    Returns:
+        Pages whose keys and values are this rank's, and all else is of the sum of `counts`.
+    """
+    listed = pages.page_table[0].to(torch.int64)
+    total = torch.arange(sum(counts), dtype=torch.int32, device=listed.device)
+    summary, lengths = (_rows_of_all(x[listed], counts, group) for x in (pages.key_summary, pages.page_lengths))
+    return MemoryPages(pages.key_pages, pages.value_pages, summary, lengths, total[None])
+
+
+def own_pages(chosen: Tensor, pages: MemoryPages, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """Of pages (B, W) int32 numbered as `gather_pages` numbers them, those of this rank by its own numbers, else -1."""
+    rank = dist.get_rank(group)
+    own = F.pad(pages.page_table[0], (0, 1), value=-1)  # one hole behind the last, for what lies elsewhere
+    number = chosen.to(torch.int64) - sum(counts[:rank])
+    return own[torch.where((number >= 0) & (number < counts[rank]), number, counts[rank])]
 
 
 def page_mass(
@@ -112,6 +143,14 @@ def page_mass(
 def least_loaded(loads: Sequence[int]) -> int:
     """The rank that the next frames belong to: the one that holds the fewest, the lower one of equals."""
     return min(range(len(loads)), key=lambda rank: loads[rank])
+
+
+def _rows_of_all(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    everyone = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(everyone, padded, group)
+    return torch.cat([part[:count] for part, count in zip(everyone, counts, strict=True)])
 
 
 class _Replicated(torch.autograd.Function):

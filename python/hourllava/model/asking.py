@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from hourllava.errors import InputError, QuestionError
-from hourllava.memory import HeldMemory, MemoryPages, MemoryPrefix, Shard, ShardedMemory, VideoMemory
+from hourllava.errors import QuestionError
+from hourllava.memory import HeldMemory, MemoryPages, MemoryPrefix, ShardedMemory, VideoMemory
 from hourllava.memory.pages import PAGE_SIZE, video_layout, visual_pages
 from hourllava.video import clock
 
-from .budget import ALL, Budget, as_budget
+from .budget import Budget, as_budget
 from .forgetting import Forgetting, remembered_frames, spread_frames
 from .inputs import check_length
 from .memaug import MemoryUse
@@ -144,10 +144,11 @@ def _prefill(
         span = [frames * (per_frame + 1)]
         rows, stream = query_stream(is_image, query_mask[None], kept.position_ids, lengths, span)
         second = (shard.seconds if shard else seconds_of(memory.frames, frames)).to(newline.device)
-        budget, pages = _budget(model, shard, options), memory.pages if shard else _pages(model, memory, tokens)
+        budget = as_budget(options.budget or model.config.memory_budget)
+        pages = memory.pages if shard else _pages(model, memory, tokens)
         use = MemoryUse(
             options.use_memory,
-            budget.resolve(second, memory.frames, per_frame, pages[0]) if budget else None,
+            budget.resolve(second, memory.frames, per_frame, pages[0], shard) if budget else None,
             _evidence_rows(rows, text.dtype) if options.use_memory else None,
             shard.group if shard else None,
         )
@@ -158,15 +159,6 @@ def _prefill(
             page_mass = page_mass[:, pages[0].page_table[0]]
             mass = _mass_of_seconds(page_mass.mean(0), second, memory)
     return torch.cat([text, visual])[final.order][None], mass, page_mass
-
-
-def _budget(model: "HourLlavaForConditionalGeneration", shard: Shard | None, options: AskOptions) -> Budget | None:
-    """What a question may read: what it says, else what the model's config says."""
-    if shard is None:
-        return as_budget(options.budget or model.config.memory_budget)
-    if as_budget(options.budget or ALL) is not None:
-        raise InputError("budget", "the pages to choose from lie on many processes", "ask them without a budget")
-    return None
 
 
 def _evidence_rows(rows: Interleaved, dtype: torch.dtype) -> Tensor:

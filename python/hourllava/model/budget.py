@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hourllava.errors import InputError
+from hourllava.memory import Shard
 from hourllava.memory.pages import PAGE_SIZE, MemoryPages, frame_slots, page_count
 
 from .memaug import PageBudget
@@ -64,7 +65,9 @@ class Budget:
             return cls(pages=int(pages))
         return cls(seconds=float(seconds)) if seconds is not None else cls(part=int(part))
 
-    def resolve(self, second: Tensor, seconds: int, per_frame: int, pages: MemoryPages) -> PageBudget:
+    def resolve(
+        self, second: Tensor, seconds: int, per_frame: int, pages: MemoryPages, shard: Shard | None = None
+    ) -> PageBudget:
         """The budget in pages of one memory.
 
         Args:
@@ -72,22 +75,29 @@ class Budget:
             seconds: of the video.
             per_frame: visual tokens of a frame.
             pages: where the memory lies; its table lists every page in order.
+            shard: which process holds which second, if many do; `second` and `pages` are then this one's.
 
         Raises:
             InputError: what is always read does not fit, or is no part of the video.
         """
-        most, kept = self.most(seconds, len(second), per_frame), None
+        parts = [second] if shard is None else [part.to(second.device) for part in shard.parts]
+        counts, kept = tuple(page_count(len(part), per_frame) for part in parts), None
+        most = self.most(seconds, sum(map(len, parts)), per_frame)
         for start, _ in self.keep:
             if start >= seconds:
                 why = f"there is no second {start:g} to be always read, the video has {seconds}"
                 raise InputError("budget", why, "name seconds of the video")
         if self.keep:
-            kept = torch.zeros(len(pages.page_lengths), dtype=torch.bool, device=second.device)
-            kept[pages.page_table[0, self._kept_pages(second, per_frame)].to(torch.int64)] = True
+            kept = torch.cat([self._kept_pages(*part, per_frame) for part in zip(parts, counts, strict=True)])
             count = int(kept.sum())
             if count > most:
                 why = f"what is always read takes {count} pages, and the budget is {most}"
                 raise InputError("budget", why, "give a larger budget, or keep less")
+        if shard is not None:
+            return PageBudget(most, self.mode, self.tile, kept, counts)
+        if kept is not None:
+            listed = pages.page_table[0].to(torch.int64)
+            kept = kept.new_zeros(len(pages.page_lengths)).index_put((listed,), kept)
         return PageBudget(most, self.mode, self.tile, kept)
 
     def most(self, seconds: int, frames: int, per_frame: int) -> int:
@@ -100,13 +110,13 @@ class Budget:
         assert self.seconds is not None
         return page_count(math.ceil(min(self.seconds / seconds, 1) * frames), per_frame)
 
-    def _kept_pages(self, second: Tensor, per_frame: int) -> Tensor:
-        """Numbers (n,) of the pages that hold anything of the spans; a span ends before its last second."""
+    def _kept_pages(self, second: Tensor, count: int, per_frame: int) -> Tensor:
+        """Which pages (count,) hold anything of the spans; a span ends before its last second."""
         inside = torch.zeros_like(second, dtype=torch.bool)
         for start, end in self.keep:
             inside |= (second + 1 > start) & (second < end)
         slots, _ = frame_slots(inside.nonzero()[:, 0], per_frame)
-        return (slots // PAGE_SIZE).unique()
+        return torch.zeros(count, dtype=torch.bool, device=second.device).index_fill(0, slots // PAGE_SIZE, True)
 
 
 def as_budget(given: "Budget | str") -> Budget | None:

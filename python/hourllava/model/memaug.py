@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import hourllava_ext as ext
 from hourllava.memory.pages import PAGE_SIZE, MemoryPages, PageLayout
-from hourllava.memory.sharding import page_mass, sharded_attention
+from hourllava.memory.sharding import gather_pages, own_pages, page_mass, sharded_attention
 
 from .stream import QueryStream
 
@@ -26,6 +26,7 @@ class PageBudget:
     mode: str = "both"  # dims that score a page
     tile: int | None = None  # query rows that share a choice; None: all rows of a sample
     keep: Tensor | None = None  # (P,) bool, read whatever their score
+    counts: tuple[int, ...] = ()  # pages of each process of a group; `keep` is then of all, process after process
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class MemoryUse:
     use_memory: bool = True  # False drops the cross-attention term, keeping everything else
     budget: PageBudget | None = None  # None reads all
     mass_weight: Tensor | None = None  # (M,) weight of each query row in the returned attention mass
-    group: dist.ProcessGroup | None = None  # processes that hold the other pages; no budget with it
+    group: dist.ProcessGroup | None = None  # processes that hold the other pages
 
 
 def rotary_frequencies(config: PreTrainedConfig, device: torch.device) -> Tensor:
@@ -95,30 +96,20 @@ class CrossAttention(nn.Module):
         rows' attention (P,) if asked for.
         """
         query = self.Wq(x).view(len(x), -1, self.head_dim)
-        weight, table = use.mass_weight, pages.page_table
+        weight, bounds, table = use.mass_weight, stream.cu_seqlens, pages.page_table
+        if use.budget is not None:
+            bounds, table = self._retrieve(query, stream, inv_freq, pages, use.budget, use.group)
+        where = (stream.position_ids, bounds, inv_freq)
         if use.group is not None:
-            where = (stream.position_ids, stream.cu_seqlens, inv_freq)
-            out, lse = sharded_attention(query, pages, *where, use.group)
-            mass = None if weight is None else page_mass(query, lse, pages, *where, weight)
+            chosen = replace(pages, page_table=table)
+            out, lse = sharded_attention(query, chosen, *where, use.group)
+            mass = None if weight is None else page_mass(query, lse, chosen, *where, weight)
         else:
-            bounds = stream.cu_seqlens
-            if use.budget is not None:
-                bounds, table = self._retrieve(query, stream, inv_freq, pages, use.budget)
-            out, lse, *masses = ext.paged_attention(
-                query,
-                pages.key_pages,
-                pages.value_pages,
-                table,
-                pages.page_lengths,
-                stream.position_ids,
-                bounds,
-                inv_freq,
-                mass_weight=weight,
-            )
-            mass = None
-            if weight is not None:
-                mass = masses[0] * _share_of_sample(weight, bounds, stream.cu_seqlens)[:, None]
-        if mass is not None:
+            memory = (pages.key_pages, pages.value_pages, table, pages.page_lengths)
+            out, lse, *masses = ext.paged_attention(query, *memory, *where, mass_weight=weight)
+            mass = masses[0] if masses else None
+        if weight is not None and mass is not None:
+            mass = mass * _share_of_sample(weight, bounds, stream.cu_seqlens)[:, None]
             # Holes count towards a page behind the last; picking the others would make the host wait for their number.
             count = len(pages.page_lengths)
             page = torch.where(table >= 0, table, count).to(torch.int64)
@@ -127,12 +118,23 @@ class CrossAttention(nn.Module):
         return self.Wo(out.flatten(1)), lse, mass
 
     def _retrieve(
-        self, query: Tensor, stream: QueryStream, inv_freq: Tensor, pages: MemoryPages, budget: PageBudget
+        self,
+        query: Tensor,
+        stream: QueryStream,
+        inv_freq: Tensor,
+        pages: MemoryPages,
+        budget: PageBudget,
+        group: dist.ProcessGroup | None,
     ) -> tuple[Tensor, Tensor]:
-        """Bounds (tiles + 1,) of the rows that choose together, and the pages that they have chosen (tiles, pages)."""
-        bounds, table = _tiles(stream, pages.page_table, budget.tile)
-        where = (bounds, inv_freq, pages.key_summary, table, pages.page_lengths)
-        return bounds, ext.retrieve(query, stream.position_ids, *where, budget.pages, budget.keep, budget.mode)
+        """Bounds (tiles + 1,) of the rows that choose together, and the pages that they have chosen (tiles, pages).
+
+        With a group, the choice is that of one process with all pages, and what it gives of them lies here.
+        """
+        every = pages if group is None else gather_pages(pages, budget.counts, group)
+        bounds, table = _tiles(stream, every.page_table, budget.tile)
+        where = (bounds, inv_freq, every.key_summary, table, every.page_lengths)
+        chosen = ext.retrieve(query, stream.position_ids, *where, budget.pages, budget.keep, budget.mode)
+        return bounds, chosen if group is None else own_pages(chosen, pages, budget.counts, group)
 
 
 class ResidualLayerNorm(nn.LayerNorm):
