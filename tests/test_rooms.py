@@ -247,16 +247,24 @@ def test_reference_is_for_tests() -> None:
 
 
 def mentioned_paths(text: str) -> set[str]:
-    """Repository paths in a document: what lies below a source folder, targets of relative links, bare file names."""
+    """Repository paths in a document: what lies below a source folder, and bare file names."""
     below_folder = re.findall(rf"(?<![\w/.-])((?:{'|'.join(SOURCE_FOLDERS)}|\.ci)/[\w./<>-]*)", text)
-    linked = [t for t in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in t]
     bare = re.findall(r"`([\w.-]+\.(?:py|toml|md|txt|yaml|cpp|h))`", text)
-    spelled = {path.rstrip(".") for path in [*below_folder, *linked, *bare]}
+    spelled = {path.rstrip(".") for path in [*below_folder, *bare]}
     return {path.replace("<op>", operator) for path in spelled for operator in OPERATORS}
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
-def test_paths_in_documents_exist(document: str) -> None:
-    paths = mentioned_paths((ROOT / document).read_text())
-    assert paths
-    assert sorted(p for p in paths if not (ROOT / p).exists()) == []
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("python/*/*/README.md")]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
+def test_paths_in_documents_exist(document: Path) -> None:
+    text = document.read_text()
+    assert sorted(p for p in mentioned_paths(text) if not (ROOT / p).exists()) == []
+    linked = [t for t in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in t]
+    assert sorted(t for t in linked if not (document.parent / t).exists()) == []
+
+
+def test_documents_are_found() -> None:
+    assert {"README.md", "CONTRIBUTING.md", "benchmarks/README.md"} <= {name(p) for p in DOCUMENTS}
+    assert len(DOCUMENTS) >= 7
