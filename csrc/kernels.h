@@ -30,6 +30,7 @@ using accumulate_t = typename accumulate<T>::type;
 
 // Calls body(first, last) on disjoint ranges of at least `grain` that cover [begin, end), on the caller's thread pool.
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const std::function<void(int64_t, int64_t)>& body);
+int64_t thread_count();  // of that pool
 
 // A cudaStream_t.
 using Stream = void*;

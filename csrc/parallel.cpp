@@ -10,4 +10,6 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const std::function
     if (begin < end) torch::stable::parallel_for(begin, end, grain, body);
 }
 
+int64_t thread_count() { return torch::stable::get_num_threads(); }
+
 }  // namespace hourllava_ext

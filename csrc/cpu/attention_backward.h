@@ -5,9 +5,10 @@
 //   dV, dK (keys x D)     += weights^T dO, dscores^T Q   (a block of strips at a time: sums of 96 rows in registers)
 //   dQ^T   (D x rows)     += K^T dscores^T               (a share per task, added in order afterwards)
 //
-// Gradients are accumulated in float. Every page is owned by one task, so dK and dV are whole when it ends. A row
-// brings 1.5 KB along, of which it takes 0.5 KB back: two pages stay in the second cache while rows pass by, so that
-// this is paid once for both, and the part that is written is fetched while its strip is differentiated.
+// Gradients are accumulated in float. Every page is owned by one task, so dK and dV are whole when it ends. Tasks come
+// in waves, after each of which its shares of dQ are added up: there are as many shares as threads can use, not tasks.
+// A row brings 1.5 KB along, of which it takes 0.5 KB back: two pages stay in the second cache while rows pass by, so
+// that this is paid once for both, and the part that is written is fetched while its strip is differentiated.
 #pragma once
 
 #include "cpu/attention_forward.h"
@@ -18,10 +19,17 @@ constexpr int64_t kBlockStrips = 2;                     // strips between two ad
 constexpr int64_t kBlocksAtOnce = 2;                    // blocks of keys that rows meet while the cache has them
 constexpr int64_t kChunkPages = 4;                      // pages that are worth a share of dQ of their own
 constexpr int64_t kPartialElements = int64_t{1} << 28;  // most memory that shares of dQ may take
+constexpr int64_t kWaveTasks = 2;                       // of each thread, so that none waits long for the last
+constexpr int64_t kWaveElements = int64_t{1} << 22;     // that shares of a wave take before another wave is worth it
 
 // Where a chunk of pages leaves its share of one sample's query gradients.
 struct Slot {
     int64_t sample, row_begin;
+};
+
+// Chunks [begin, end), whose shares exist at the same time.
+struct Wave {
+    size_t begin, end;
 };
 
 // Pages owned by one task. Their key and value gradients are whole when the task ends.
@@ -34,7 +42,8 @@ struct Chunk {
 struct Ownership {
     std::vector<int64_t> user_begin, users;  // samples that list a page are users[user_begin[page] ... [page + 1])
     std::vector<Chunk> chunks;
-    int64_t slot_rows = 0;
+    std::vector<Wave> waves;  // of all chunks, in order; one at least
+    int64_t slot_rows = 0;    // of the wave that has most
 
     Ownership(const Plan& plan, int64_t pages, int64_t key_heads) : user_begin(pages + 1) {
         for (const Listing& listing : plan.listings) ++user_begin[listing.page + 1];
@@ -49,6 +58,7 @@ struct Ownership {
         const int64_t most = kPartialElements / std::max<int64_t>(1, plan.rows * plan.width * key_heads);
         const int64_t cuts = std::clamp<int64_t>(kEnoughTasks / 2 / tasks, 1, std::max<int64_t>(1, most));
         for (size_t b = 0; b < plan.samples.size(); ++b) cut_sample(plan, b, cuts);
+        make_waves(plan, key_heads);
     }
 
     // How often a sample lists a page.
@@ -80,9 +90,26 @@ struct Ownership {
         }
         std::sort(readers.begin(), readers.end());
         readers.erase(std::unique(readers.begin(), readers.end()), readers.end());
-        for (const int64_t sample : readers) {
-            chunk.slots.push_back({sample, slot_rows});
-            slot_rows += plan.samples[sample].padded_rows;
+        for (const int64_t sample : readers) chunk.slots.push_back({sample, 0});
+    }
+
+    // Shares are added in the order of the chunks, however many make a wave: threads cannot change a result.
+    void make_waves(const Plan& plan, int64_t key_heads) {
+        waves.push_back({0, 0});
+        int64_t rows = 0;
+        for (Chunk& chunk : chunks) {
+            const size_t tasks = (waves.back().end - waves.back().begin) * key_heads;
+            if (tasks >= static_cast<size_t>(kWaveTasks * thread_count()) &&
+                rows * plan.width * key_heads >= kWaveElements) {
+                waves.push_back({waves.back().end, waves.back().end});
+                rows = 0;
+            }
+            for (Slot& slot : chunk.slots) {
+                slot.row_begin = rows;
+                rows += plan.samples[slot.sample].padded_rows;
+            }
+            ++waves.back().end;
+            slot_rows = std::max(slot_rows, rows);
         }
     }
 };
@@ -106,6 +133,10 @@ struct Backward {
     Scratch<A> delta{p.key_heads * plan.rows};  // (Hkv, rows): what a weight's gradient is relative to
     // Per key head and slot: strips of (D, kStrip).
     LargeScratch<A> partial{p.key_heads * ownership.slot_rows * p.head_dim};
+    // Per key head and row, likewise: sums over the waves so far. In double: a share is a sum already, and there may be
+    // many.
+    LargeScratch<double> total{ownership.waves.size() > 1 ? p.key_heads * plan.rows * p.head_dim : 0};
+    Wave wave{};  // that is computed now
 
     // Row `at` of all key heads' rows begins a strip; its operands.
     template <class E>
@@ -322,14 +353,14 @@ ALWAYS_INLINE bool visit_sample(const Backward<T>& w, const BackwardSpace<Tile, 
     return true;
 }
 
-// Task: key head of a chunk of pages. Blocks of keys are taken a few at a time: what a sample's rows bring along is
+// Task: key head of a chunk of the wave. Blocks of keys are taken a few at a time: what a sample's rows bring along is
 // read once for all of them.
 struct PageTask {
     template <class Tile, class T>
     ALWAYS_INLINE static void run(const Backward<T>& w, int64_t task) {
         using A = accumulate_t<T>;
         const int64_t head = task % w.p.key_heads;
-        const Chunk& chunk = w.ownership.chunks[task / w.p.key_heads];
+        const Chunk& chunk = w.ownership.chunks[w.wave.begin + task / w.p.key_heads];
         const BackwardSpace<Tile, T> space(w.plan.width);
         std::vector<bool> begun(chunk.slots.size());
         Block<operand_t<Tile, T>, A> blocks[kBlocksAtOnce];
@@ -350,7 +381,7 @@ struct PageTask {
     }
 };
 
-// Task: key head of a row tile. Adds the chunks' shares in order.
+// Task: key head of a row tile. Adds the shares of the wave's chunks in order.
 struct GatherTask {
     template <class Tile, class T>
     ALWAYS_INLINE static void run(const Backward<T>& w, int64_t task) {
@@ -359,17 +390,25 @@ struct GatherTask {
         const PagedAttentionParams<T>& p = w.p;
         const int64_t head = task % p.key_heads, count = R * p.head_dim;
         const RowTile& tile = w.plan.tiles[task / p.key_heads];
-        // In double: a share per chunk is a sum of sums already, and there may be many.
         const Scratch<double> sum(count);
         for (int64_t first = 0; first < tile.rows; first += R) {
-            std::fill(sum.get(), sum.get() + count, 0.0);
-            for (const Chunk& chunk : w.ownership.chunks) {
-                for (const Slot& slot : chunk.slots) {
+            const int64_t at = (head * w.plan.rows + w.plan.row_of(tile) + first) * p.head_dim;
+            if (w.wave.begin > 0) {
+                std::copy_n(w.total.get() + at, count, sum.get());
+            } else {
+                std::fill(sum.get(), sum.get() + count, 0.0);
+            }
+            for (size_t i = w.wave.begin; i < w.wave.end; ++i) {
+                for (const Slot& slot : w.ownership.chunks[i].slots) {
                     if (slot.sample != tile.sample) continue;
                     const int64_t row = head * w.ownership.slot_rows + slot.row_begin + tile.first + first;
                     const A* share = w.partial.get() + row * p.head_dim;
-                    for (int64_t i = 0; i < count; ++i) sum.get()[i] += share[i];
+                    for (int64_t d = 0; d < count; ++d) sum.get()[d] += share[d];
                 }
+            }
+            if (w.wave.end < w.ownership.chunks.size()) {
+                std::copy_n(sum.get(), count, w.total.get() + at);
+                continue;
             }
             const Strip<T> strip{p, w.plan, tile, head, first, std::min(R, tile.rows - first)};
             for (int64_t r = 0; r < strip.rows; ++r) {
@@ -400,12 +439,15 @@ struct ClearTask {
 template <class T>
 void differentiate_attention(const PagedAttentionBackwardParams<T>& b) {
     const PagedAttentionParams<T>& p = b.forward;
-    const Backward<T> w{b};
+    Backward<T> w{b};
     const int64_t tiles = w.plan.tiles.size() * p.key_heads;
     for_each_task<PackTask>(tiles, w);
     for_each_task<ClearTask>(p.pages, w);
-    for_each_task<PageTask>(w.ownership.chunks.size() * p.key_heads, w);
-    for_each_task<GatherTask>(tiles, w);
+    for (const Wave& wave : w.ownership.waves) {
+        w.wave = wave;
+        for_each_task<PageTask>((wave.end - wave.begin) * p.key_heads, w);
+        for_each_task<GatherTask>(tiles, w);
+    }
     rope_cpu(RopeParams<T>{b.grad_query, p.position_ids, p.inv_freq, b.grad_query, p.tokens, p.query_heads, p.head_dim,
                            p.frequencies, p.query_heads * p.head_dim, p.head_dim, true});
 }

@@ -259,6 +259,25 @@ def test_many_rows(dtype: torch.dtype) -> None:
     assert_repeatable(paged_attention, *args)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_waves(dtype: torch.dtype) -> None:
+    """Shares of gradients too large to exist all at once, or with threads enough for all of them: the same bits."""
+    shape = Shape(tokens=(1300, 30), pages=(40, 4), heads=(16, 1), width=64, frequencies=16, page_size=3)
+    args = clean(make(shape, dtype))
+    args[3][1, (args[3][1] < 0).nonzero()[:5, 0]] = args[3][0, args[3][0] >= 0][::8]
+    assert_matches_reference(paged_attention, reference.paged_attention, *args)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 3, 64):
+            torch.set_num_threads(threads)
+            found.append(results(args))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(found[0], other, strict=True))
+
+
 def test_pool_beyond_32_bits() -> None:
     """A pool of more than 2^31 elements, of which a few pages are touched (untouched pages take no memory)."""
     width, page_size, count = 128, 128, 2**17 + 3
