@@ -78,6 +78,18 @@ def test_a_folder(clip: str, model: str, tmp_path: Path, capfd: pytest.CaptureFi
     assert answers[1] == pytest.approx(answers[0], abs=0.01)
 
 
+def test_a_name_of_other_bytes_stops_nothing(
+    clip: str, model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films" / os.fsdecode(b"a\xff.mp4")).write_bytes(Path(clip).read_bytes())
+    (tmp_path / "films" / "film.mp4").symlink_to(clip)
+    said = run(tmp_path / "films", "-o", tmp_path / "out", "--model", model, capfd=capfd, code=1)
+    assert "1 embedded, 1 failed" in said
+    assert "the catalogue can hold only paths in UTF-8; rename the file" in said
+    assert sorted(features(tmp_path / "out")) == ["film.mp4"]
+
+
 def test_eight_bits_take_about_half_the_room(
     clip: str, model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -131,6 +131,9 @@ def take_in(
         MemoryFileError: the repository cannot be written; a fault of the video itself is an outcome and no error.
     """
     name, tower = job.names[0], writer.tower_fingerprint()
+    if not _is_text(job.path):
+        error = DataError(job.path, "the catalogue can hold only paths in UTF-8", "rename the file")
+        return Outcome(job, "failed", reason=str(error))
     known, videos = repository.catalogue.source(job.path), [repository.catalogue.find(name) for name in job.names]
     if known is not None and known.done and all(video is not None and video.tower == tower for video in videos):
         return Outcome(job, "held")
@@ -159,6 +162,11 @@ def take_in(
             repository.delete(name)
     repository.catalogue.record(Source(job.path, name, outcome.state != "failed", outcome.reason))
     return outcome
+
+
+def _is_text(path: str) -> bool:
+    """Whether a path is UTF-8; what is none of it has come as surrogates."""
+    return os.fsencode(path).decode(errors="replace") == path
 
 
 # A few frames (n, 3, H, W) or, without a size, features (n, N, Cv); and what is known to be lost so far.

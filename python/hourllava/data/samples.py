@@ -75,7 +75,7 @@ class Places:
 
 def memory_name(video: str) -> str:
     """What a repository calls the memory of a video that a manifest names `video`: a folder's name, one to one."""
-    name = quote(video, safe=" ")
+    name = quote(video, safe=" ", errors="surrogateescape")  # as file names come whose bytes are no UTF-8
     return f"%2E{name[1:]}" if name.startswith(".") else name
 
 
