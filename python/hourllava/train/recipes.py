@@ -80,6 +80,7 @@ def tiny() -> Recipe:
             Stage("s2", tuple(PARTS), clips, grounding=1.0),
             *_long_videos(),
             *_films_from_files(),
+            *_events_by_landscape(),
         ),
     )
 
@@ -117,6 +118,25 @@ def _films_from_files() -> tuple[Stage, ...]:
         ),
         Stage("s3-files", parts, films, 7e-4, 20, grounding=0.3, event_weight=2, film_size=FILM_SIZE),
         Stage("s3-last", parts, last, 5e-4, 15, grounding=0.2, film_size=FILM_SIZE),
+    )
+
+
+def _events_by_landscape() -> tuple[Stage, ...]:
+    """What happened in a landscape is learned last, in two rounds: MemAug alone, at a high rate, learns to tell events
+    in the landscape that is asked about from those in others, then the decoder what to make of it. All topics end it.
+    """
+    parts = ("mm_projector", "vision_resampler", "language_model")
+    clips = (Lesson(64, 1000, 12),)  # a film of 64 s shows all six landscapes
+    films = (Lesson(64, 250, 12), Lesson(128, 50, 12), Lesson(512, 40, 5), Lesson(1800, 15, 2))
+    last = (Lesson(64, 500, 12), Lesson(128, 100, 12), Lesson(512, 60, 5), Lesson(1800, 20, 2))
+    look = Stage("s3-look", ("vision_resampler",), clips, 3e-3, 20, grounding=1.0, event_weight=40, film_size=FILM_SIZE)
+    end = Stage("s3-end", parts, films, 5e-4, 20, grounding=0.3, event_weight=3, film_size=FILM_SIZE)
+    return (
+        look,
+        end,
+        replace(look, name="s3-look-again"),
+        replace(end, name="s3-end-again"),
+        Stage("s3-all", parts, last, 5e-4, 20, grounding=0.2, event_weight=2, film_size=FILM_SIZE),
     )
 
 
