@@ -2,6 +2,7 @@
 """The retrieval report measures what it says, and its default follows its rule."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hourllava.cli import main
 from hourllava.evaluate import HourTest, RetrievalReport, measure_retrieval, report_table
 from hourllava.evaluate.retrieval import PARTS, Part, recall_of
 from hourllava.model import Answer
+from hourllava.model.budget import Budget
 
 
 def report_of(agreements: dict[int, float], recall: float = 1.0, questions: int = 300) -> RetrievalReport:
@@ -37,14 +39,23 @@ def test_rule_of_the_default() -> None:
         assert said in str(report_table(report).caption)
 
 
-def test_the_default_of_tiny_follows_from_its_report() -> None:
+def test_the_default_of_tiny_follows_from_its_reports() -> None:
+    """Its share is that of an hour; the pages that it is at least, a power of two, are enough for shorter films."""
     root = Path(__file__).parents[2]
-    told = json.loads(max((root / "benchmarks/results").glob("retrieval-*.json")).read_text())
-    report = RetrievalReport(*(told[name] for name in ("films", "seconds", "questions", "mode", "tile")))
-    report.parts = [Part(**row) for row in told["parts"]]
-    assert [row.part for row in report.parts] == [1, *PARTS]
+    pages, defaults = {}, {}
+    for seconds in (60, 600, 3600):
+        told = json.loads(max((root / "benchmarks/results").glob(f"retrieval-*-{seconds}s.json")).read_text())
+        report = RetrievalReport(*(told[name] for name in ("films", "seconds", "questions", "mode", "tile")))
+        report.parts = [Part(**row) for row in told["parts"]]
+        assert [row.part for row in report.parts] == [1, *PARTS]
+        assert (told["model"], told["seconds"]) == ("tiny", seconds)
+        defaults[seconds] = report.default
+        (pages[seconds],) = [row.pages for row in report.parts if report.default == f"1/{row.part}"]
     config = json.loads((root / "python/hourllava/presets/tiny/config.json").read_text())
-    assert (told["model"], told["seconds"], config["memory_budget"]) == ("tiny", 3600, report.default)
+    budget = Budget.parse(config["memory_budget"])
+    assert f"1/{budget.part}" == defaults[3600]
+    assert budget.least == 2 ** math.ceil(math.log2(max(pages[60], pages[600])))
+    assert all(budget.most(seconds, seconds, 64) >= needed for seconds, needed in pages.items())
 
 
 def test_recall_is_the_exact_attention_on_the_pages_read() -> None:

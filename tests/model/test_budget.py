@@ -41,6 +41,9 @@ def pages_of(budget, frames=SECONDS, seconds=SECONDS, per_frame=64):
         ("1/16", Budget(part=16), -(-page_count(SECONDS, 64) // 16)),
         ("1/9999", Budget(part=9999), 1),
         (f"1/{10**17}", Budget(part=10**17), 1),
+        ("1/16,5p", Budget(part=16, least=5), -(-page_count(SECONDS, 64) // 16)),
+        ("1/16, 32p", Budget(part=16, least=32), 32),
+        (f"1/16,{10**17}p", Budget(part=16, least=10**17), page_count(SECONDS, 64)),
         (f"{10**17}p", Budget(pages=10**17), page_count(SECONDS, 64)),
         (f"{10**30}s", Budget(seconds=1e30), page_count(SECONDS, 64)),
     ],
@@ -55,7 +58,10 @@ def test_seconds_of_a_repeated_video():
     assert pages_of(Budget(seconds=5), frames=128, seconds=10).pages == page_count(64, 64)
 
 
-@pytest.mark.parametrize("text", ["", "60", "p", "0p", "0s", "1/0", "-4p", "1/2p", "sixty seconds", "9" * 5000 + "p"])
+NO_BUDGETS = ["", "60", "p", "0p", "0s", "1/0", "-4p", "1/2p", "1/2,p", "1/2,4s", "4p,2p", "sixty seconds"]
+
+
+@pytest.mark.parametrize("text", [*NO_BUDGETS, "9" * 5000 + "p"])
 def test_what_is_no_budget(text):
     with pytest.raises(InputError, match="write pages as 128p, seconds as 60s"):
         Budget.parse(text)
@@ -66,6 +72,9 @@ def test_bad_choices():
         Budget(pages=4, seconds=4)
     with pytest.raises(InputError, match="there is no mode rotary; choose both, content, rotated"):
         Budget(pages=4, mode="rotary")
+    for least in (Budget.parse, lambda text: Budget(pages=4, least=5)):
+        with pytest.raises(InputError, match="pages is for a share; write it as 1/16,32p"):
+            least("1/2,0p")
     with pytest.raises(InputError, match="a tile of 0 rows"):
         Budget(pages=4, tile=0)
     for span in [(5, 5), (5, 4), (-1, 4)]:

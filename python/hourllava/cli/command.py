@@ -104,7 +104,8 @@ def _add_ask(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     ask.add_argument(
         "--budget",
         metavar="SIZE",
-        help="read no more of the memory than this: 128p (pages), 60s, 1/16 or all (default: what the model says)",
+        help="read no more of the memory than this: 128p (pages), 60s, 1/16, 1/16,32p (32 pages at least) or "
+        "all (default: what the model says)",
     )
     _add_choices(ask)
     ask.add_argument(

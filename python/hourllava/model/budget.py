@@ -15,7 +15,7 @@ from hourllava.memory.pages import PAGE_SIZE, MemoryPages, frame_slots, page_cou
 from .memaug import PageBudget
 
 MODES = ("both", "content", "rotated")
-FORMS = "write pages as 128p, seconds as 60s, or a share as 1/16"
+FORMS = "write pages as 128p, seconds as 60s, a share as 1/16, or one of 32 pages at least as 1/16,32p"
 ALL = "all"  # exact reading
 
 
@@ -31,7 +31,8 @@ class Budget:
 
     pages: int | None = None
     seconds: float | None = None
-    part: int | None = None  # one page in so many
+    part: int | None = None  # one page in so many,
+    least: int = 1  # and this many pages at least: a small share of a short video is none at all
     mode: str = "both"  # dims that score a page: those that know positions ("rotated"), the others ("content"), or both
     tile: int | None = None  # neighbouring query rows that share a choice; None: all of a question's
     keep: tuple[tuple[float, float], ...] = ()  # spans of seconds that are read whatever their score
@@ -40,6 +41,8 @@ class Budget:
         given = [size for size in (self.pages, self.seconds, self.part) if size is not None]
         if len(given) != 1 or not given[0] > 0:
             raise InputError("budget", "it has no size above 0, or more than one", FORMS)
+        if self.least < 1 or (self.least > 1 and self.part is None):
+            raise InputError("budget", f"a least of {self.least} pages is for a share", "write it as 1/16,32p")
         if self.mode not in MODES:
             raise InputError("budget", f"there is no mode {self.mode}", f"choose {', '.join(MODES)}")
         if self.tile is not None and self.tile < 1:
@@ -52,18 +55,19 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> "Budget":
-        """A budget of `128p` (pages), `60s` (seconds) or `1/16` (of the pages).
+        """A budget of `128p` (pages), `60s` (seconds), `1/16` (of the pages) or `1/16,32p` (32 pages at least).
 
         Raises:
             InputError: it is none of these.
         """
-        found = re.fullmatch(r"(?P<pages>\d{1,18})p|(?P<seconds>\d+(\.\d+)?)s|1/(?P<part>\d{1,18})", text.strip())
+        share = r"1/(?P<part>\d{1,18})(, ?(?P<least>\d{1,18})p)?"
+        found = re.fullmatch(rf"(?P<pages>\d{{1,18}})p|(?P<seconds>\d+(\.\d+)?)s|{share}", text.strip())
         if found is None:
             raise InputError("budget", f"{text!r} is no budget", f"{FORMS}, or all to read all of it")
-        pages, seconds, part = (found[name] for name in ("pages", "seconds", "part"))
+        pages, seconds, part, least = (found[name] for name in ("pages", "seconds", "part", "least"))
         if pages is not None:
             return cls(pages=int(pages))
-        return cls(seconds=float(seconds)) if seconds is not None else cls(part=int(part))
+        return cls(seconds=float(seconds)) if seconds is not None else cls(part=int(part), least=int(least or 1))
 
     def resolve(
         self, second: Tensor, seconds: int, per_frame: int, pages: MemoryPages, shard: Shard | None = None
@@ -106,7 +110,7 @@ class Budget:
         if self.pages is not None:
             return min(self.pages, every)
         if self.part is not None:
-            return -(-every // self.part)
+            return min(max(-(-every // self.part), self.least), every)
         assert self.seconds is not None
         return page_count(math.ceil(min(self.seconds / seconds, 1) * frames), per_frame)
 

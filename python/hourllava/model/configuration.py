@@ -36,7 +36,7 @@ class HourLlavaConfig(PreTrainedConfig):
         image_token_id: id of the token that the visual tokens replace; the original's -200 is always understood too.
         time_instruction: whether prompts tell the video's length (SPEC C.7).
         memory_budget: how much of a memory `ask` reads where the call does not say: `all`, or what
-            `hourllava retrieval-report` finds to be enough, as `128p`, `60s` or `1/16`.
+            `hourllava retrieval-report` finds to be enough, as `128p`, `60s`, `1/16` or `1/16,32p`.
         head_is_stored: the checkpoint that this came from holds the tied head a second time.
         original: the original's config.json that this came from, for the way back.
     """
