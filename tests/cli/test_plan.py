@@ -34,7 +34,7 @@ def test_a_day_with_the_large_model(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_a_question_reads_what_the_config_says(capfd: pytest.CaptureFixture[str]) -> None:
     out, _ = said(["--hours", "1", "--model", "tiny"], capfd)
-    assert "a question reads 229 of 1,829 pages" in out
+    assert "a question reads 32 of 1,829 pages" in out
 
 
 def test_a_budget(capfd: pytest.CaptureFixture[str], model: str) -> None:
