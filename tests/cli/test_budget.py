@@ -38,10 +38,7 @@ def test_budgets(clip: str, model: str, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_bad_budgets(clip: str, model: str, capfd: pytest.CaptureFixture[str]) -> None:
     for options, why in [
-        (
-            ["--budget", "60"],
-            "write pages as 128p, seconds as 60s, a share as 1/16, or one of 32 pages at least",
-        ),
+        (["--budget", "60"], "write pages as 128p, seconds as 60s, a share as 1/16, or one of 32 pages at least"),
         (["--budget", "0p"], "no size above 0"),
         (["--budget", "8p", "--keep", "5-3"], "there is no second from 5 to 3"),
         (["--budget", "1p", "--keep", "0-9"], "and the budget is 1"),

@@ -242,7 +242,7 @@ def test_answers_and_evidence_are_those_of_one_process(got, tmp_path):
 
 
 def test_a_budget_chooses_what_one_process_would(got):
-    """Pages are those of one process, so that blocks read as many, whoever holds them; a choice takes two collectives
+    """Pages are those of one process, so that blocks read as many, whoever holds them; a choice takes one collective
     a block."""
     model = make_model()
     memory = model.watch(pictures(), progress=False)
@@ -251,7 +251,7 @@ def test_a_budget_chooses_what_one_process_would(got):
         shares, collectives = zip(*(found["asked"][f"{case}: read"] for found in got), strict=True)
         assert torch.equal(sum(shares), read), case
         assert 0 < int(read.max()) < len(memory.pages[0].page_lengths)
-        assert set(collectives) == {3 * model.config.memaug_depth + 2}
+        assert set(collectives) == {2 * model.config.memaug_depth + 2}
 
 
 def test_evidence_by_the_error_rule(got):

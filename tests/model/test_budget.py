@@ -72,9 +72,10 @@ def test_bad_choices():
         Budget(pages=4, seconds=4)
     with pytest.raises(InputError, match="there is no mode rotary; choose both, content, rotated"):
         Budget(pages=4, mode="rotary")
-    for least in (Budget.parse, lambda text: Budget(pages=4, least=5)):
-        with pytest.raises(InputError, match="pages is for a share; write it as 1/16,32p"):
-            least("1/2,0p")
+    with pytest.raises(InputError, match="a least of 5 pages is for a share; write it as 1/16,32p"):
+        Budget(pages=4, least=5)
+    with pytest.raises(InputError, match="a least of 0 pages"):
+        Budget.parse("1/2,0p")
     with pytest.raises(InputError, match="a tile of 0 rows"):
         Budget(pages=4, tile=0)
     for span in [(5, 5), (5, 4), (-1, 4)]:

@@ -149,12 +149,13 @@ def _optional() -> list[Finding]:
 
 def _cuda_device() -> Finding:
     todo = "an NVIDIA GPU with its driver and a torch built for CUDA (pytorch.org)"
+    missing = Finding("CUDA device", None, todo, needed=False)
     try:
         torch = importlib.import_module("torch")
     except ImportError:
-        torch = None
-    if torch is None or not torch.cuda.is_available():
-        return Finding("CUDA device", None, todo, needed=False)
+        return missing
+    if not torch.cuda.is_available():
+        return missing
     name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     if torch.version.hip is None and capability < OLDEST_GPU:
         oldest, own = (".".join(map(str, version)) for version in (OLDEST_GPU, capability))

@@ -77,29 +77,33 @@ def sharded_attention(
     return ext.merge_attention(*_Gathered.apply(out, lse, group))
 
 
-def gather_pages(pages: MemoryPages, counts: Sequence[int], group: dist.ProcessGroup) -> MemoryPages:
+def gather_pages(pages: MemoryPages, page_lengths: Sequence[Tensor], group: dist.ProcessGroup) -> MemoryPages:
     """Every rank's pages, rank after rank, by their summaries: enough to choose some of them on every rank alike.
 
     Args:
         pages: this rank's; the first row of the table lists them in order.
-        counts: pages of each rank.
+        page_lengths: of each rank's pages, (P,) int32.
         group: the ranks.
 
     Returns:
-        Pages whose keys and values are this rank's, and all else is of the sum of `counts`.
+        Pages whose keys and values are this rank's, and all else is of all ranks.
     """
-    listed = pages.page_table[0].to(torch.int64)
-    total = torch.arange(sum(counts), dtype=torch.int32, device=listed.device)
-    summary, lengths = (_rows_of_all(x[listed], counts, group) for x in (pages.key_summary, pages.page_lengths))
-    return MemoryPages(pages.key_pages, pages.value_pages, summary, lengths, total[None])
+    own, lengths = pages.key_summary[pages.page_table[0].to(torch.int64)], torch.cat(list(page_lengths))
+    padded = own.new_zeros(max(map(len, page_lengths)), *own.shape[1:])
+    padded[: len(own)] = own
+    everyone = [torch.empty_like(padded) for _ in page_lengths]
+    dist.all_gather(everyone, padded, group)
+    summary = torch.cat([part[: len(rows)] for part, rows in zip(everyone, page_lengths, strict=True)])
+    table = torch.arange(len(lengths), dtype=torch.int32, device=lengths.device)
+    return MemoryPages(pages.key_pages, pages.value_pages, summary, lengths, table[None])
 
 
-def own_pages(chosen: Tensor, pages: MemoryPages, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+def own_pages(chosen: Tensor, pages: MemoryPages, page_lengths: Sequence[Tensor], group: dist.ProcessGroup) -> Tensor:
     """Of pages (B, W) int32 numbered as `gather_pages` numbers them, those of this rank by its own numbers, else -1."""
-    rank = dist.get_rank(group)
+    first, count = sum(map(len, page_lengths[: dist.get_rank(group)])), pages.page_table.shape[1]
     own = F.pad(pages.page_table[0], (0, 1), value=-1)  # one hole behind the last, for what lies elsewhere
-    number = chosen.to(torch.int64) - sum(counts[:rank])
-    return own[torch.where((number >= 0) & (number < counts[rank]), number, counts[rank])]
+    number = chosen.to(torch.int64) - first
+    return own[torch.where((number >= 0) & (number < count), number, count)]
 
 
 def page_mass(
@@ -143,14 +147,6 @@ def page_mass(
 def least_loaded(loads: Sequence[int]) -> int:
     """The rank that the next frames belong to: the one that holds the fewest, the lower one of equals."""
     return min(range(len(loads)), key=lambda rank: loads[rank])
-
-
-def _rows_of_all(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    padded = rows.new_zeros(max(counts), *rows.shape[1:])
-    padded[: len(rows)] = rows
-    everyone = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(everyone, padded, group)
-    return torch.cat([part[:count] for part, count in zip(everyone, counts, strict=True)])
 
 
 class _Replicated(torch.autograd.Function):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hourllava.errors import InputError
 from hourllava.memory import Shard
-from hourllava.memory.pages import PAGE_SIZE, MemoryPages, frame_slots, page_count
+from hourllava.memory.pages import PAGE_SIZE, MemoryPages, frame_slots, page_count, rows_in_use
 
 from .memaug import PageBudget
 
@@ -85,20 +85,20 @@ class Budget:
             InputError: what is always read does not fit, or is no part of the video.
         """
         parts = [second] if shard is None else [part.to(second.device) for part in shard.parts]
-        counts, kept = tuple(page_count(len(part), per_frame) for part in parts), None
-        most = self.most(seconds, sum(map(len, parts)), per_frame)
+        most, kept = self.most(seconds, sum(map(len, parts)), per_frame), None
         for start, _ in self.keep:
             if start >= seconds:
                 why = f"there is no second {start:g} to be always read, the video has {seconds}"
                 raise InputError("budget", why, "name seconds of the video")
         if self.keep:
-            kept = torch.cat([self._kept_pages(*part, per_frame) for part in zip(parts, counts, strict=True)])
+            kept = torch.cat([self._kept_pages(part, per_frame) for part in parts])
             count = int(kept.sum())
             if count > most:
                 why = f"what is always read takes {count} pages, and the budget is {most}"
                 raise InputError("budget", why, "give a larger budget, or keep less")
         if shard is not None:
-            return PageBudget(most, self.mode, self.tile, kept, counts)
+            lengths = tuple(rows_in_use(len(part), per_frame, second.device) for part in parts)
+            return PageBudget(most, self.mode, self.tile, kept, lengths)
         if kept is not None:
             listed = pages.page_table[0].to(torch.int64)
             kept = kept.new_zeros(len(pages.page_lengths)).index_put((listed,), kept)
@@ -114,13 +114,14 @@ class Budget:
         assert self.seconds is not None
         return page_count(math.ceil(min(self.seconds / seconds, 1) * frames), per_frame)
 
-    def _kept_pages(self, second: Tensor, count: int, per_frame: int) -> Tensor:
-        """Which pages (count,) hold anything of the spans; a span ends before its last second."""
+    def _kept_pages(self, second: Tensor, per_frame: int) -> Tensor:
+        """Which pages (P,) bool hold anything of the spans; a span ends before its last second."""
         inside = torch.zeros_like(second, dtype=torch.bool)
         for start, end in self.keep:
             inside |= (second + 1 > start) & (second < end)
         slots, _ = frame_slots(inside.nonzero()[:, 0], per_frame)
-        return torch.zeros(count, dtype=torch.bool, device=second.device).index_fill(0, slots // PAGE_SIZE, True)
+        pages = torch.zeros(page_count(len(second), per_frame), dtype=torch.bool, device=second.device)
+        return pages.index_fill(0, slots // PAGE_SIZE, True)
 
 
 def as_budget(given: "Budget | str") -> Budget | None:

@@ -26,7 +26,7 @@ class PageBudget:
     mode: str = "both"  # dims that score a page
     tile: int | None = None  # query rows that share a choice; None: all rows of a sample
     keep: Tensor | None = None  # (P,) bool, read whatever their score
-    counts: tuple[int, ...] = ()  # pages of each process of a group; `keep` is then of all, process after process
+    page_lengths: tuple[Tensor, ...] = ()  # of each process of a group; `keep` is then of all, in this order
 
 
 @dataclass(frozen=True)
@@ -130,11 +130,11 @@ class CrossAttention(nn.Module):
 
         With a group, the choice is that of one process with all pages, and what it gives of them lies here.
         """
-        every = pages if group is None else gather_pages(pages, budget.counts, group)
+        every = pages if group is None else gather_pages(pages, budget.page_lengths, group)
         bounds, table = _tiles(stream, every.page_table, budget.tile)
         where = (bounds, inv_freq, every.key_summary, table, every.page_lengths)
         chosen = ext.retrieve(query, stream.position_ids, *where, budget.pages, budget.keep, budget.mode)
-        return bounds, chosen if group is None else own_pages(chosen, pages, budget.counts, group)
+        return bounds, chosen if group is None else own_pages(chosen, pages, budget.page_lengths, group)
 
 
 class ResidualLayerNorm(nn.LayerNorm):
