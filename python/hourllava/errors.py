@@ -39,6 +39,10 @@ class MemoryBusyError(MemoryFileError):
     """Another process appends to a memory."""
 
 
+class BusyError(HourLlavaError):
+    """A server has as much to do as it takes on; the same question can be asked again."""
+
+
 class ModelError(HourLlavaError):
     """A model directory is missing, incomplete or not of this architecture."""
 
@@ -48,7 +52,7 @@ class RecipeError(HourLlavaError):
 
 
 class QuestionError(HourLlavaError):
-    """A question cannot be asked, because it or the memory is empty."""
+    """A question cannot be asked: it is empty or holds marks of the prompt, or the memory is empty."""
 
 
 class InputError(HourLlavaError):

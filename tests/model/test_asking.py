@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Watching once and asking often: the same numbers as the whole model, whatever way the frames came in."""
 
+import re
+
 import pytest
 import torch
 from tiny_model import make_model
@@ -23,7 +25,7 @@ def make_frames(count, seed=0, size=64):
 
 def logits_of_forward(model, frames, **options):
     """The next token's logits and the greedy answer, from the model that is given the pixels with the question."""
-    ids, query_mask = build_prompt(model.tokenizer, QUESTION)
+    ids, query_mask, _ = build_prompt(model.tokenizer, QUESTION)
     video = {"pixel_values": [frames], "query_mask": query_mask[None], **options}
     with torch.no_grad():
         logits = model(ids[None], **video).logits[0, -1]
@@ -279,13 +281,45 @@ def test_time_instruction_reaches_the_prompt(monkeypatch):
     memory = model.watch(make_frames(6), progress=False)
     asked = []
 
-    def build(tokenizer, question, instruction):
+    def build(tokenizer, question, instruction, *rest):
         asked.append(instruction)
-        return build_prompt(tokenizer, question, instruction)
+        return build_prompt(tokenizer, question, instruction, *rest)
 
     monkeypatch.setattr("hourllava.model.asking.build_prompt", build)
     model.ask(memory, QUESTION)
     assert asked[0].startswith("The video lasts for 6.00 seconds, and 6 frames")
+
+
+def test_earlier_questions_are_remembered():
+    model = make_model()
+    memory = model.watch(make_frames(30), progress=False)
+    first = model.ask(memory, QUESTION)
+    told = model.ask(memory, "Why?", history=[(QUESTION, first.text)], max_new_tokens=1)
+    alone = model.ask(memory, "Why?", max_new_tokens=1)
+    assert told.top_tokens != alone.top_tokens
+    # What counts as evidence is what the last question looks up.
+    prompt = build_prompt(model.tokenizer, "Why?", history=[(QUESTION, first.text)])
+    rows = []
+    forward = model.model.vision_resampler.forward
+
+    def listen(queries, stream, pages, use):
+        rows.append(use.mass_weight)
+        return forward(queries, stream, pages, use)
+
+    model.model.vision_resampler.forward = listen
+    model.ask(memory, "Why?", history=[(QUESTION, first.text)], max_new_tokens=1)
+    assert rows[0].sum() == prompt.question_mask.sum() == len("Why?")
+
+
+@pytest.mark.parametrize("token", ["<image>", "<|im_start|>", "<|im_end|>"])
+@pytest.mark.parametrize("place", ["question", "history", "system"])
+def test_marks_of_the_prompt_are_no_text(token, place):
+    model = make_model()
+    memory = model.watch(make_frames(2), progress=False)
+    texts = {"question": "Why?", "history": "What?", "system": "Be brief."}
+    texts[place] += token
+    with pytest.raises(QuestionError, match=re.escape(f"it holds {token}, which the model reads as a mark")):
+        model.ask(memory, texts["question"], history=[("Who?", texts["history"])], system=texts["system"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -60,7 +60,7 @@ def tokens(processor, messages, **options):
 
 def test_a_question_is_our_own_prompt(processor):
     inputs = tokens(processor, [user(video(frames(9)), text("What falls?"))], add_generation_prompt=True)
-    ids, mask = build_prompt(processor.tokenizer, "What falls?", time_instruction(9.0, 9))
+    ids, mask, _ = build_prompt(processor.tokenizer, "What falls?", time_instruction(9.0, 9))
     assert torch.equal(inputs["input_ids"], ids[None])
     assert torch.equal(inputs["query_mask"], mask[None])
     assert inputs["attention_mask"].all()

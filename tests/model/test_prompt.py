@@ -17,7 +17,7 @@ def tokenizer():
 
 
 def test_prompt_text(tokenizer):
-    ids, mask = build_prompt(tokenizer, "What falls?", time_instruction(90.5, 91))
+    ids, mask, _ = build_prompt(tokenizer, "What falls?", time_instruction(90.5, 91))
     assert tokenizer.decode(ids) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\n<image>\n"
@@ -52,11 +52,38 @@ def test_example_text_and_targets(tokenizer):
 
 def test_asking_and_training_see_the_same_queries(tokenizer):
     image = tokenizer.convert_tokens_to_ids("<image>")
-    ids, mask = build_prompt(tokenizer, "What falls?")
+    ids, mask, _ = build_prompt(tokenizer, "What falls?")
     example, labels = build_example(tokenizer, [("What falls?", "A cup.")])
     assert example[: len(ids)].equal(ids)
     assert ((labels == -100) & (example != image))[: len(ids)].equal(mask)
     assert int((ids == image).sum()) == 1
+
+
+def test_history_is_read_as_in_training(tokenizer):
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    instruction = time_instruction(9.0, 9)
+    turns = [("What falls?", "A cup."), ("When?", "At noon."), ("Why?", "Nobody knows.")]
+    for told in (1, 2):
+        ids, mask, asks = build_prompt(tokenizer, turns[told][0], instruction, turns[:told])
+        example, labels = build_example(tokenizer, turns[: told + 1], instruction)
+        assert example[: len(ids)].equal(ids)
+        assert ((labels == -100) & (example != image))[: len(ids)].equal(mask)
+        assert tokenizer.decode(ids[asks]) == turns[told][0]
+
+
+def test_question_mask_is_what_stands_behind_the_video(tokenizer):
+    instruction = time_instruction(9.0, 9)
+    ids, mask, asks = build_prompt(tokenizer, "What falls?", instruction)
+    assert tokenizer.decode(ids[asks]) == f"{instruction}What falls?"
+    assert not (asks & ~mask).any()
+
+
+def test_system_message(tokenizer):
+    ids, mask, _ = build_prompt(tokenizer, "What falls?", system="Be brief.")
+    assert tokenizer.decode(ids).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<image>")
+    later, _, _ = build_prompt(tokenizer, "Why?", history=[("What falls?", "A cup.")], system="Be brief.")
+    assert later[: len(ids)].equal(ids)
+    assert tokenizer.decode(ids[mask]).startswith("systemBe brief.user")
 
 
 def test_no_tokenizer(tmp_path):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model: configuration, tower, MemAug, forgetting, and watching and asking on top of a memory."""
 
-from .asking import Answer, AskOptions, Moment
+from .asking import Answer, AskOptions, Moment, Prepared, find_moments, prepare
 from .budget import Budget
 from .configuration import HourLlavaConfig, tiny_config
 from .conversion import convert_to_original
@@ -22,12 +22,15 @@ __all__ = [
     "HourLlavaForConditionalGeneration",
     "HourLlavaProcessor",
     "Moment",
+    "Prepared",
     "Subtitles",
     "build_example",
     "build_prompt",
     "convert_to_original",
+    "find_moments",
     "load_model",
     "parts_table",
+    "prepare",
     "tiny_config",
     "watch_sharded",
 ]

@@ -2,8 +2,9 @@
 """Asking: a question's tokens and the kept ones read the memory, the decoder answers, and the attention is evidence."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from .budget import Budget, as_budget
 from .forgetting import Forgetting, remembered_frames, spread_frames
 from .inputs import check_length
 from .memaug import MemoryUse
-from .prompt import build_prompt, time_instruction
+from .prompt import Prompt, build_prompt, check_text, time_instruction
 from .remembering import Choice, keep_of_video, repeat_frames
 from .sharing import keep_of_shards, whole_memory
 from .stream import Interleaved, interleave, query_stream
@@ -71,6 +72,8 @@ class AskOptions:
     """How a question is asked; the defaults are the paper's model, answered greedily."""
 
     max_new_tokens: int = 16
+    history: Sequence[tuple[str, str]] = ()  # earlier questions about the video and their answers
+    system: str | None = None  # the system message; None: the one that the model was trained with
     budget: Budget | str | None = None  # how much of the memory each block may read, or "all"; None: as the config says
     memaug: bool = True  # False: the decoder gets the kept tokens as they are
     use_memory: bool = True  # False: MemAug runs without its attention to the memory
@@ -79,20 +82,45 @@ class AskOptions:
     forgetting_seed: int | None = None
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A question as the decoder reads it, MemAug's part done."""
+
+    embeds: Tensor  # (1, M, C) the decoder's input
+    mass: Tensor | None  # as in `Answer`; None where nothing was looked up in a memory of seconds
+    page_mass: Tensor | None = None  # as in `Answer`
+
+
 @torch.no_grad()
-def ask(model: "HourLlavaForConditionalGeneration", memory: Memory, question: str, options: AskOptions) -> Answer:
-    """See `HourLlavaForConditionalGeneration.ask`."""
+def prepare(model: "HourLlavaForConditionalGeneration", memory: Memory, question: str, options: AskOptions) -> Prepared:
+    """All of a question but the writing of its answer: forgetting, retrieval and MemAug.
+
+    Raises:
+        QuestionError: the question is empty or holds tokens of the template, or the memory is empty.
+        InputError: with its history it is longer than the decoder reads.
+        MemoryFileError: another model made the memory.
+    """
+    for text in (question, *(text for turn in options.history for text in turn), options.system or ""):
+        check_text(text)
     if not question.strip():
         raise QuestionError("question", "it is empty", "ask something about the video")
-    started = time.perf_counter()
     memory.check_model(memory_fingerprint(model))
     seen = memory.prefix()
     if not seen.frames:
         raise QuestionError("question", "the memory holds no second yet", "ask again when something has been watched")
     instruction = time_instruction(float(seen.frames), seen.frames) if model.config.time_instruction else None
-    ids, query_mask = build_prompt(model.tokenizer, question.strip(), instruction)
-    embeds, mass, page_mass = _prefill(model, seen, ids.to(model.device), query_mask.to(model.device), options)
+    history = [(asked.strip(), answer) for asked, answer in options.history]
+    prompt = build_prompt(model.tokenizer, question.strip(), instruction, history, options.system)
+    return Prepared(*_prefill(model, seen, Prompt(*(part.to(model.device) for part in prompt)), options))
+
+
+@torch.no_grad()
+def ask(model: "HourLlavaForConditionalGeneration", memory: Memory, question: str, options: AskOptions) -> Answer:
+    """See `HourLlavaForConditionalGeneration.ask`."""
+    started = time.perf_counter()
+    prepared = prepare(model, memory, question, options)
     augmented = time.perf_counter()
+    embeds, mass = prepared.embeds, cast(Tensor, prepared.mass)
     end = model.tokenizer.convert_tokens_to_ids("<|im_end|>")
     written = model.generate(
         inputs_embeds=embeds,
@@ -109,17 +137,17 @@ def ask(model: "HourLlavaForConditionalGeneration", memory: Memory, question: st
     top = [(str(model.tokenizer.decode([t])), p) for t, p in zip(token.tolist(), probability.tolist(), strict=True)]
     done = time.perf_counter()
     timings = {"memaug": augmented - started, "decode_text": done - augmented, "total": done - started}
-    return Answer(text, find_moments(mass), mass, timings, top, page_mass)
+    return Answer(text, find_moments(mass), mass, timings, top, prepared.page_mass)
 
 
 def _prefill(
     model: "HourLlavaForConditionalGeneration",
     memory: MemoryPrefix,
-    ids: Tensor,
-    query_mask: Tensor,
+    prompt: Prompt,
     options: AskOptions,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The decoder's input (1, M, C), each second's share of the question's attention (T,), each page's (blocks, P)."""
+    ids, query_mask, question_mask = prompt
     is_image = model.image_tokens(ids)[None]
     frames, per_frame = remembered_frames(model.config, memory.frames), memory.tokens.shape[1]
     if memory.shard and frames > memory.frames:
@@ -149,7 +177,7 @@ def _prefill(
         use = MemoryUse(
             options.use_memory,
             budget.resolve(second, memory.frames, per_frame, pages[0], shard) if budget else None,
-            _evidence_rows(rows, text.dtype) if options.use_memory else None,
+            _evidence_rows(rows, question_mask, text.dtype) if options.use_memory else None,
             shard.group if shard else None,
         )
         queries = torch.cat([text, kept.tokens])[rows.order]
@@ -161,10 +189,10 @@ def _prefill(
     return torch.cat([text, visual])[final.order][None], mass, page_mass
 
 
-def _evidence_rows(rows: Interleaved, dtype: torch.dtype) -> Tensor:
+def _evidence_rows(rows: Interleaved, question_mask: Tensor, dtype: torch.dtype) -> Tensor:
     """How much each query row counts as evidence: the question's own rows say what it looked for, (M,) float32 or
     wider."""
-    return (~rows.visual & (rows.rank > rows.visual.nonzero().max())).to(torch.promote_types(dtype, torch.float32))
+    return question_mask[rows.token].to(torch.promote_types(dtype, torch.float32))
 
 
 def _pages(model: "HourLlavaForConditionalGeneration", memory: MemoryPrefix, tokens: Tensor) -> list[MemoryPages]:

@@ -177,7 +177,7 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
         options = pop_visual_options(kwargs)
         if not visuals:
             return super().generate(inputs, **kwargs)  # type: ignore[misc]
-        packed, rows = self._embed(inputs, kwargs.pop("attention_mask", None), None, visuals, options)
+        packed, rows = self.embed(inputs, kwargs.pop("attention_mask", None), None, visuals, options)
         embeds = pad_rows(packed, rows, 0.0, left=True)
         mask, _ = left_padding(rows)
         return super().generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)  # type: ignore[misc]
@@ -290,14 +290,14 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
         options: VisualOptions,
     ) -> tuple[Tensor, Tensor | None, Interleaved | None]:
         """The decoder's input (B, longest, C) and the labels for it, and the rows if they are padded at the left."""
-        packed, rows = self._embed(input_ids, attention_mask, labels, visuals, options)
+        packed, rows = self.embed(input_ids, attention_mask, labels, visuals, options)
         left = attention_mask is not None and not bool(attention_mask[:, 0].all())
         if labels is not None:
             flat = torch.cat([labels.flatten(), labels.new_full((len(rows.order),), -100)])
             labels = pad_rows(flat[rows.order], rows, -100, left)
         return pad_rows(packed, rows, 0.0, left), labels, rows if left else None
 
-    def _embed(
+    def embed(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None,

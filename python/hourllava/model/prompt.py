@@ -4,15 +4,17 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from hourllava.errors import ModelError
+from hourllava.errors import ModelError, QuestionError
 
 IMAGE = "<image>"
-SYSTEM_MESSAGE = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+SYSTEM = "You are a helpful assistant."
+USER_HEADER = "<|im_start|>user\n"
 ASSISTANT_HEADER = "<|im_start|>assistant\n"
 # Tokens that are targets and never queries, whoever's turn they stand in.
 TEMPLATE_TOKENS = ("\n", "<|im_start|>", "<|im_end|>")
@@ -27,19 +29,48 @@ def time_instruction(seconds: float, frames: int) -> str:
     )
 
 
-def build_prompt(
-    tokenizer: PreTrainedTokenizerBase, question: str, instruction: str | None = None
-) -> tuple[Tensor, Tensor]:
-    """A question about a video, up to where the answer starts.
+class Prompt(NamedTuple):
+    """A question about a video, up to where the answer starts."""
 
-    Returns:
-        ids (L,) int64 with one `<image>` token, and the query mask (L,) bool: tokens that join MemAug's queries, the
-        same ones as in training, where template tokens and the assistant's turn never do.
+    ids: Tensor  # (L,) int64 with one `<image>` token
+    # (L,) bool: tokens that join MemAug's queries, the same ones as in training, where template tokens and the
+    # assistant's turns never do
+    query_mask: Tensor
+    question_mask: Tensor  # (L,) bool: those of them that ask, the last question's, behind the video
+
+
+def build_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    question: str,
+    instruction: str | None = None,
+    history: Sequence[tuple[str, str]] = (),
+    system: str | None = None,
+) -> Prompt:
+    """A question about a video.
+
+    Args:
+        instruction: put before the first question.
+        history: earlier questions about the video and their answers, in order.
+        system: the system message; None is the one that the model was trained with.
     """
-    asked = _encode(tokenizer, SYSTEM_MESSAGE + _user_message(_ask(question, instruction)))
-    header = _encode(tokenizer, ASSISTANT_HEADER)
-    hidden = {*_template_ids(tokenizer), tokenizer.convert_tokens_to_ids(IMAGE)}
-    return torch.tensor(asked + header), torch.tensor([i not in hidden for i in asked] + [False] * len(header))
+    image = tokenizer.convert_tokens_to_ids(IMAGE)
+    past, queries = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.bool)
+    if history:
+        (first, answer), *later = history
+        past, labels = encode_turns(tokenizer, [(_ask(first, instruction), answer), *later], system)
+        queries = (labels == -100) & (past != image)
+    text = _user_message(question if history else _ask(question, instruction))
+    asked = torch.tensor(_encode(tokenizer, text if history else _system_message(system) + text))
+    header = torch.tensor(_encode(tokenizer, ASSISTANT_HEADER))
+    asks = ~torch.isin(asked, torch.tensor([*_template_ids(tokenizer), image]))
+    nothing = torch.zeros(len(header), dtype=torch.bool)
+    start = len(_encode(tokenizer, USER_HEADER)) if history else asked.tolist().index(image)
+    behind = torch.arange(len(asked)) >= start
+    return Prompt(
+        torch.cat([past, asked, header]),
+        torch.cat([queries, asks, nothing]),
+        torch.cat([torch.zeros_like(queries), asks & behind, nothing]),
+    )
 
 
 def build_example(
@@ -59,8 +90,13 @@ def build_example(
     return encode_turns(tokenizer, [(_ask(question, instruction), answer), *rest])
 
 
-def encode_turns(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor]:
+def encode_turns(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]], system: str | None = None
+) -> tuple[Tensor, Tensor]:
     """A conversation for training, whose questions hold an `<image>` mark for each thing to see.
+
+    Args:
+        system: the system message; None is the original's.
 
     Returns:
         ids (L,) int64 and labels (L,) int64, as `build_example` gives.
@@ -69,7 +105,7 @@ def encode_turns(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, 
     ids: list[int] = []
     labels: list[int] = []
     for number, (question, answer) in enumerate(turns):
-        asked = _encode(tokenizer, SYSTEM_MESSAGE * (number == 0) + _user_message(question))
+        asked = _encode(tokenizer, _system_message(system) * (number == 0) + _user_message(question))
         reply = _encode(tokenizer, f"{ASSISTANT_HEADER}{answer}<|im_end|>\n")
         ids += asked + reply
         labels += [token if token in targets else -100 for token in asked] + reply
@@ -82,12 +118,23 @@ def tell_time(turns: Sequence[tuple[str, str]], instruction: str) -> list[tuple[
     return [(_ask(asked[0][0], instruction), asked[0][1]), *asked[1:]]
 
 
+def check_text(text: str) -> None:
+    """Raise QuestionError if a text that a person gives holds tokens that only prompts may."""
+    held = [token for token in (*TEMPLATE_TOKENS, IMAGE) if token.strip() and token in text]
+    if held:
+        raise QuestionError("question", f"it holds {held[0]}, which the model reads as a mark", "leave that out")
+
+
 def _ask(question: str, instruction: str | None) -> str:
     return "\n".join(line for line in (IMAGE, instruction, question) if line is not None)
 
 
+def _system_message(content: str | None) -> str:
+    return f"<|im_start|>system\n{SYSTEM if content is None else content}<|im_end|>\n"
+
+
 def _user_message(content: str) -> str:
-    return f"<|im_start|>user\n{content}<|im_end|>\n"
+    return f"{USER_HEADER}{content}<|im_end|>\n"
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
