@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from hourllava.cli.embed import add_embed
+from hourllava.cli.evaluate import add_evaluate
 from hourllava.cli.memory import add_memory
 from hourllava.cli.plan import add_plan
 from hourllava.cli.shards import add_shards
@@ -73,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     add_shards(commands)
     add_plan(commands)
     _add_train(commands)
-    _add_evaluate(commands)
+    add_evaluate(commands)
     _add_retrieval_report(commands)
     _add_convert(commands)
     doctor = commands.add_parser("doctor", help="say what is installed, which kernels are live, and what is missing")
@@ -185,13 +186,6 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     changes.required = False  # or where RECIPE is missing, some releases of Python ask for a change, too
     train.add_argument("-o", "--output", metavar="DIR", type=Path, help=argparse.SUPPRESS)
     train.set_defaults(run=_train)
-
-
-def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    evaluate = commands.add_parser("evaluate", help="measure accuracy on held-out films of one hour")
-    evaluate.add_argument("--videos", metavar="N", type=_positive, default=20, help="how many films (default: 20)")
-    _add_model(evaluate)
-    evaluate.set_defaults(run=_evaluate)
 
 
 def _add_retrieval_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -338,12 +332,6 @@ def _train(args: argparse.Namespace) -> int:
     from hourllava.cli.train import train
 
     return train(args.recipe, args.changes, args.output)
-
-
-def _evaluate(args: argparse.Namespace) -> int:
-    from hourllava.evaluate import main as evaluate
-
-    return evaluate(videos=args.videos, model=args.model)
 
 
 def _retrieval_report(args: argparse.Namespace) -> int:
