@@ -161,7 +161,7 @@ def _table(report: "BenchmarkReport") -> Any:
     title = f"{report.title}: {report.available} of {report.videos} videos available, {missing} missing"
     if report.bare is not None:
         title += f", {len(report.bare)} without subtitles"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     for heading in ("", "questions", "right", "right %", "95 % interval", "unread"):
         table.add_column(heading, justify="left" if not heading else "right")
     rows = [("all", report.scores.total)]

@@ -30,9 +30,12 @@ class DataFolder:
         self._files: dict[str, list[Path]] = {}
         seen = set()
         for folder, folders, names in os.walk(root, followlinks=True):
-            seen.add(os.path.realpath(folder))
-            kept = [f for f in folders if not f.startswith(".") and os.path.realpath(Path(folder, f)) not in seen]
-            folders[:] = sorted(kept)
+            place = os.path.realpath(folder)
+            if place in seen:  # a link to where we have been
+                folders.clear()
+                continue
+            seen.add(place)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in sorted(names):
                 if not name.startswith("."):
                     self._add(Path(folder, name))

@@ -8,8 +8,8 @@ import re
 
 LETTERS = "ABCDEFGH"
 # "The best answer is: (C)", "Answer: **B**", "the answer is option D"; what stands behind the last of them counts.
-_AFTER_ANSWER = r"(?i:answer(?:\s+is)?\s*:?\s*(?:(?:option|choice)\s+)?)[\s\"'*(\[{]*([%s])(?![A-Za-z'])"
-_ALONE = r"(?<![A-Za-z])([%s])(?![A-Za-z'])"
+_AFTER_ANSWER = r"(?i:answer(?:\s+is)?\s*:?\s*(?:(?:option|choice)\s+)?)[\s\"'*(\[{]*([%s])(?![A-Za-z]|'[A-Za-z])"
+_ALONE = r"(?<![A-Za-z])([%s])(?![A-Za-z]|'[A-Za-z])"
 
 
 def read_letter(reply: str, choices: int = 4) -> str | None:

@@ -57,7 +57,7 @@ class BenchmarkReport:
     settings: dict[str, Any]
     videos: int  # that the benchmark names
     questions: int
-    bare: list[str] | None  # videos that were asked about without subtitles, having none; None: all were meant to be
+    bare: list[str] | None  # videos asked about without subtitles, which have none; None: none were to be read
     lost: Lost
     scores: Scores
 

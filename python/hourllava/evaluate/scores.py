@@ -30,7 +30,8 @@ class Score:
         middle = p + z * z / (2 * n)
         half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         scale = 1 + z * z / n
-        return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+        # Of none or all right answers one bound is the share itself, whatever rounding makes of it.
+        return max(0.0, min(p, (middle - half) / scale)), min(1.0, max(p, (middle + half) / scale))
 
     def add(self, chosen: str | None, answer: str) -> None:
         """Count a reply by what it chooses."""

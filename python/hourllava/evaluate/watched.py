@@ -62,9 +62,8 @@ class WatchedVideos:
         try:
             return self.repository.open(name, self._writer, append=False)
         except MemoryFileError as error:
-            raise VideoError(
-                video, f"its memory cannot be read ({error})", "delete that, and run the same again"
-            ) from error
+            why = f"its memory, {self.repository.folder / name}, cannot be read ({error.why})"
+            raise VideoError(video, why, "run `hourllava memory repair`, and the same again") from error
 
 
 def _reason(reason: str, path: str) -> str:
