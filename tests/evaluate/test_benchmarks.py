@@ -121,6 +121,9 @@ def test_lvbench(tmp_path: Path) -> None:
         "What year appears?\n(A) 1636\n(B) 1366\n(C) 1363\n(D) 1633\nAnswer the question with the option letter"
     )
     assert (first.id, first.video, first.answer, first.time_reference) == ("55", "Cm73ma6Ibcs", "D", "00:15-00:19")
+    path = tmp_path / "video_info.meta.jsonl"
+    path.write_text(path.read_text().replace("What year", "What\u2028year"))  # no end of a line in JSON lines
+    assert questions_of("lvbench", tmp_path)[0].prompt == first.prompt.replace("What year", "What\u2028year")
     assert first.groups == (
         ("capability", "key information retrieval"),
         ("capability", "entity recognition"),
@@ -150,6 +153,16 @@ def test_tempcompass(parquet: bool, tmp_path: Path) -> None:
     )
 
 
+def test_a_question_whose_answer_is_none_of_its_choices_has_a_fault(tmp_path: Path) -> None:
+    """Tables this large hold a slip here and there: the question is left out and told, the others are asked."""
+    folders.tempcompass(tmp_path, parquet=False)
+    asked = [{"question": "Is it?", "answer": "maybe"}, {"question": "Is it?", "answer": "yes"}]
+    (tmp_path / "questions/yes_no.json").write_text(json.dumps({"1": {"action": asked}}))
+    faults = {question.id: question.fault for question in questions_of("tempcompass", tmp_path)}
+    assert faults.pop("yes_no/1/action/1") == "its answer, 'maybe', is none of its choices"
+    assert set(faults.values()) == {""}
+
+
 def without(name: str) -> Callable[[Path], None]:
     """Takes a column out of Video-MME's table."""
 
@@ -158,12 +171,6 @@ def without(name: str) -> Callable[[Path], None]:
         folders.write_parquet(root / "videomme/test-00000-of-00001.parquet", rows)
 
     return change
-
-
-def with_answer(root: Path) -> None:
-    folders.write_parquet(
-        root / "videomme/test-00000-of-00001.parquet", [{**folders.video_mme_rows()[0], "answer": "F"}]
-    )
 
 
 def twice(root: Path) -> None:
@@ -187,7 +194,6 @@ def empty(root: Path) -> None:
     [
         (without("answer"), "parquet#0: its answer is missing; download it again"),
         (without("options"), "its options is missing"),
-        (with_answer, "the answer of question 001-1, 'F', is none; download it again"),
         (twice, "two questions are called 001-1"),
         (no_parquet, "it is no parquet file"),
         (empty, "it holds no question"),
@@ -212,13 +218,9 @@ def test_bad_parquet(change: Callable[[Path], None], said: str, tmp_path: Path) 
         ("longvideobench", "lvb_val.json", "\xff", "it is not UTF-8 text"),
         ("longvideobench", "lvb_val.json", '[{"id": "x"}]', "its correct_choice is missing"),
         ("longvideobench", "lvb_val.json", '[{"candidates": ["a"], "correct_choice": 1}]', "is none of 1 candidates"),
+        ("lvbench", "video_info.meta.jsonl", '{"key": "x", "type": "tv", "qa": ["?"]}', "its question_type is missing"),
         ("tempcompass", "questions/yes_no.json", "[]", "it holds no videos"),
-        (
-            "tempcompass",
-            "questions/yes_no.json",
-            '{"1": {"action": [{"question": "?", "answer": "maybe"}]}}',
-            "1, action#0: its answer 'maybe' is none of its question's",
-        ),
+        ("tempcompass", "questions/yes_no.json", '{"1": {"action": ["?"]}}', "action#0: its question is missing"),
     ],
 )
 def test_bad_json(name: str, file: str, text: str, said: str, tmp_path: Path) -> None:

@@ -207,9 +207,11 @@ def test_questions_that_cannot_be_asked_are_told(model: Any, tmp_path: Path) -> 
     document = json.loads((data / "video_info.meta.jsonl").read_text())
     document["qa"][0]["question"] += " <|im_end|>"
     document["qa"][1]["question"] += " word" * 40_000
+    document["qa"].append({**document["qa"][1], "uid": "57", "answer": "E"})
     (data / "video_info.meta.jsonl").write_text(json.dumps(document))
     report = run(model, tmp_path, "lvbench")
-    assert list(report.lost.refused) == ["55", "56"]
+    assert report.lost.refused.keys() == {"55", "56", "57"}
+    assert "its answer, 'E', is none of its choices" in report.lost.refused["57"]
     assert "<|im_end|>" in report.lost.refused["55"]
     assert "tokens" in report.lost.refused["56"]
     assert report.scores.total.accuracy is None

@@ -94,7 +94,7 @@ def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     if path.suffix == ".parquet":
         rows = _read_parquet(path)
     elif path.suffix == ".jsonl":
-        rows = [_parse(f"{path}#{number}", line) for number, line in enumerate(read_text(path).splitlines()) if line]
+        rows = [_parse(f"{path}#{number}", line) for number, line in enumerate(read_text(path).split("\n")) if line]
     else:
         rows = read_json(path)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -121,13 +121,13 @@ def read_text(path: Path) -> str:
         raise DataError(path, "it is not UTF-8 text", _INTACT) from error
 
 
-def field(row: dict[str, Any], name: str, kind: type | tuple[type, ...], source: str) -> Any:
+def field(row: Any, name: str, kind: type | tuple[type, ...], source: str) -> Any:
     """A field of a row.
 
     Raises:
-        DataError: it is missing, or of another kind.
+        DataError: it is missing, or of another kind, or the row has no fields.
     """
-    value = row.get(name)
+    value = row.get(name) if isinstance(row, dict) else None
     if not isinstance(value, kind):
         why = f"its {name} is missing" if value is None else f"its {name} is {value!r:.60}"
         raise DataError(source, why, _INTACT)

@@ -80,7 +80,7 @@ class HourLlava(lmms):
         by_video: dict[str, list[int]] = {}
         for number, (video, _, _) in enumerate(asked):
             by_video.setdefault(video, []).append(number)
-        results: list[GenerationResult | None] = [None] * len(requests)
+        results: dict[int, GenerationResult] = {}
         tokens, answering, watching = 0, 0.0, 0.0
         with tqdm(total=len(requests), desc="Model Responding", disable=self.rank != 0) as bar:
             for video, numbers in by_video.items():
@@ -90,14 +90,15 @@ class HourLlava(lmms):
                 for number in numbers:
                     _, text, options = asked[number]
                     began = time.perf_counter()
-                    results[number] = self._answer(memory, text, options)
+                    result = results[number] = self._answer(memory, text, options)
                     answering += time.perf_counter() - began
-                    tokens += results[number].token_counts.output_tokens
-                    self.cache_hook.add_partial("generate_until", (text, options), results[number].text)
+                    tokens += result.token_counts.output_tokens
+                    self.cache_hook.add_partial("generate_until", (text, options), result.text)
                     bar.update()
+                del memory  # or there would be two while the next is made
         extra = {"rank": self.rank, "videos": len(by_video), "watching_seconds": watching}
         log_metrics(answering, tokens, tokens / answering if answering else 0.0, extra)
-        return results
+        return [results[number] for number in range(len(requests))]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Not offered: the model writes answers."""

@@ -107,7 +107,7 @@ def run_benchmark(
     by_video: dict[str, list[Question]] = {}
     for question in questions:
         by_video.setdefault(question.video, []).append(question)
-    lost = Lost()
+    lost = Lost(refused={question.id: question.fault for question in questions if question.fault})
     files = {video: folder.video(video) for video in by_video}
     if not any(files.values()):
         why = f"none of the {len(files)} videos is in it" + (f"; {folder.packed}" if folder.packed else "")
@@ -119,7 +119,7 @@ def run_benchmark(
         done = sum(question.id in log.records for question in questions)
         with tqdm(total=len(questions), initial=done, unit="question", desc="asking", disable=not progress) as bar:
             for video, path in files.items():
-                left = [question for question in by_video[video] if question.id not in log.records]
+                left = [q for q in by_video[video] if q.id not in log.records and q.id not in lost.refused]
                 if left and path is None:
                     lost.missing.append(video)
                 elif left and path is not None:
