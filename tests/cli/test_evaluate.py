@@ -29,7 +29,8 @@ def test_a_benchmark_from_folder_to_report(
     assert main(asked) == 3
     out = capsys.readouterr().out
     assert "Video-MME: 2 of 3 videos available, 1 missing, 1 without subtitles" in out
-    assert "1 videos are missing: vidL" in out
+    assert "missing videos, 1: vidL" in out
+    assert "4 of 6 questions asked" in out
     assert "report: build/evaluate/videomme-subtitles.json; every answer: " in out
     report = json.loads(Path("build/evaluate/videomme-subtitles.json").read_text())
     assert report["model"] == model
@@ -56,8 +57,7 @@ def test_a_benchmark_from_folder_to_report(
     ("options", "said"),
     [
         (["--budget", "half"], "'half' is no budget"),
-        (["--subtitle-frames", "32"], "--subtitle-frames: it is a number above 0, for subtitles; give --subtitles"),
-        (["--subtitles", "--subtitle-frames", "0"], "--subtitle-frames"),
+        (["--subtitle-frames", "32"], "--subtitle-frames: it says which subtitles are read; give --subtitles, too"),
         (["--model", "nowhere"], "there is no such model"),
         (["-o", "nowhere/report.json"], "there is no folder nowhere"),
         (["--data", "nowhere"], "nowhere: there is no such folder"),
@@ -87,13 +87,13 @@ def test_films_are_what_there_is_without_a_benchmark(
     assert main(["evaluate"]) == 0
     assert main(["evaluate", "--videos", "3", "--model", "m"]) == 0
     assert asked == [{"videos": 20, "model": "tiny"}, {"videos": 3, "model": "m"}]
-    assert main(["evaluate", "--videos", "0"]) == 1
     assert main(["evaluate", "--videos", "3", "lvbench", "--data", str(tmp_path)]) == 1
     assert "--videos: it is for rendered films" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="2"):
-        main(["evaluate", "lvbench"])
-    with pytest.raises(SystemExit, match="2"):
-        main(["evaluate", "lvbench", "--data", "x", "--subtitles"])
+    wrong = [["lvbench"], ["lvbench", "--data", "x", "--subtitles"], ["--videos", "0"], ["mmlu", "--data", "x"]]
+    wrong.append(["videomme", "--data", "x", "--subtitles", "--subtitle-frames", "0"])
+    for arguments in wrong:
+        with pytest.raises(SystemExit, match="2"):
+            main(["evaluate", *arguments])
     # A model named before the benchmark is that of the benchmark.
     assert main(["evaluate", "--model", "nowhere", "lvbench", "--data", str(tmp_path), "-o", f"{tmp_path}/x.json"]) == 1
     assert "nowhere: there is no such model" in capsys.readouterr().err
@@ -110,7 +110,7 @@ def test_nothing_that_was_lost_goes_untold(capsys: pytest.CaptureFixture[str]) -
     print_report(report, "videos.zip may still have to be unpacked")
     out = capsys.readouterr().out
     assert "[b]: 12 of 20 videos available, 8 missing" in out
-    assert "7 videos are missing: m0, m1, m2, m3, m4, ... (videos.zip may still have to be unpacked)" in out
+    assert "missing videos, 7: m0, m1, m2, m3, m4, ... (videos.zip may still have to be unpacked)" in out
     assert "u: could not be asked about: is not a video" in out
     assert "d: damaged, asked about what is left: 2 of 9 s are lost" in out
     assert "q4: not asked: too long\n1 more: not asked, as the report says" in out

@@ -17,9 +17,11 @@ from benchmark_folders import SECONDS, Parrot
 from clips import cut, write_clip
 from tiny_model import make_model
 
+from hourllava.data.embedding import list_jobs, take_in
 from hourllava.errors import DataError, HourLlavaError, VideoError
 from hourllava.evaluate import BENCHMARKS, BenchmarkReport, DataFolder, RunOptions, run_benchmark
 from hourllava.evaluate.answers import AnswerLog
+from hourllava.evaluate.running import run_settings
 from hourllava.evaluate.watched import WatchedVideos
 from hourllava.memory import Repository
 from hourllava.model import FrameWriter, HourLlavaForConditionalGeneration
@@ -114,8 +116,6 @@ def test_what_is_watched_and_answered_is_kept(
 
 
 def test_settings_say_what_decides_about_the_answers(model: Any, tmp_path: Path) -> None:
-    from hourllava.evaluate.running import run_settings
-
     folders.longvideobench(tmp_path)
     folder, benchmark = DataFolder(tmp_path), BENCHMARKS["longvideobench"]
 
@@ -336,15 +336,18 @@ def test_a_memory_that_is_damaged_or_being_watched_is_told(model: Any, tmp_path:
 def test_what_embed_has_watched_is_not_watched_again(
     model: Any, parrot: Parrot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hourllava.data.embedding import list_jobs, take_in
-
+    """Unless its features are rounded to eight bits, which the settings of a run do not say."""
     data = folders.video_mme(tmp_path / "data")
-    repository, writer = Repository(tmp_path / "memories"), FrameWriter(model)
-    for job in list_jobs(data):
-        assert take_in(job, repository, writer, model.config.vision_config.image_size, "bfloat16").state == "done"
+    writer, size = FrameWriter(model), model.config.vision_config.image_size
+    for place, precision in [("rounded", "int8"), ("memories", "bfloat16")]:
+        for job in list_jobs(data):
+            assert take_in(job, Repository(tmp_path / place), writer, size, precision).state == "done"
+    WatchedVideos(model, tmp_path / "rounded").memory(data / "data/vidS.mp4", "videomme-vidS")
+    held = Repository(tmp_path / "rounded").videos()
+    assert sorted(video.precision for video in held) == ["bfloat16", "int8", "int8", "int8"]
     watching_is_an_error(model, monkeypatch)
     assert not run(model, tmp_path).lost
-    assert len(repository.videos()) == 3
+    assert len(Repository(tmp_path / "memories").videos()) == 3
 
 
 @pytest.mark.parametrize("name", ["tempcompass", "longvideobench", "lvbench"])

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hourllava.cli.numbers import positive
 from hourllava.cli.watch import check_output
 from hourllava.errors import HourLlavaError
 
@@ -39,7 +40,9 @@ def add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         description=DESCRIPTION,
         formatter_class=raw,
     )
-    evaluate.add_argument("--videos", metavar="N", type=int, help="how many films, without a benchmark (default: 20)")
+    evaluate.add_argument(
+        "--videos", metavar="N", type=positive, help="how many films to render (default: 20)"
+    )
     evaluate.add_argument("--model", default="tiny", help="a preset or a model's directory (default: tiny)")
     evaluate.set_defaults(run=_films)
     benchmarks = evaluate.add_subparsers(title="benchmarks", metavar="[BENCHMARK]")
@@ -59,7 +62,7 @@ def _add_benchmark(parser: argparse.ArgumentParser, name: str) -> None:
         parser.add_argument(
             "--subtitle-frames",
             metavar="N",
-            type=int,
+            type=positive,
             help="only lines on screen at N seconds spread evenly, as models that see N pictures do (default: all)",
         )
     parser.add_argument("--budget", metavar="SIZE", help="as in `hourllava ask` (default: what the model says)")
@@ -82,12 +85,9 @@ def _add_benchmark(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def _films(args: argparse.Namespace) -> int:
-    videos = 20 if args.videos is None else args.videos
-    if videos < 1:
-        raise HourLlavaError("--videos", f"{videos} is not a number above 0", "give at least 1")
     from hourllava.evaluate import main
 
-    return main(videos=videos, model=args.model)
+    return main(videos=args.videos or 20, model=args.model)
 
 
 def _benchmark(args: argparse.Namespace) -> int:
@@ -98,8 +98,8 @@ def _benchmark(args: argparse.Namespace) -> int:
     """
     if args.videos is not None:
         raise HourLlavaError("--videos", "it is for rendered films", "leave it out: a benchmark asks about all its own")
-    if args.subtitle_frames is not None and (args.subtitle_frames < 1 or not args.subtitles):
-        raise HourLlavaError("--subtitle-frames", "it is a number above 0, for subtitles", "give --subtitles, too")
+    if args.subtitle_frames is not None and not args.subtitles:
+        raise HourLlavaError("--subtitle-frames", "it says which subtitles are read", "give --subtitles, too")
     suffix = "-subtitles" if args.subtitles else ""
     output = args.output or Path("build/evaluate", f"{args.benchmark}{suffix}.json")
     if args.output is None:
@@ -144,7 +144,7 @@ def print_report(report: "BenchmarkReport", packed: str) -> None:
     lost = report.lost
     if lost.missing:
         names = ", ".join(lost.missing[:SHOWN]) + (", ..." if len(lost.missing) > SHOWN else "")
-        print(f"{len(lost.missing)} videos are missing: {names}" + (f" ({packed})" if packed else ""))
+        print(f"missing videos, {len(lost.missing)}: {names}" + (f" ({packed})" if packed else ""))
     kinds = ("could not be asked about", lost.unreadable), ("damaged, asked about what is left", lost.damaged)
     for what, reasons in (*kinds, ("not asked", lost.refused)):
         for name, reason in list(reasons.items())[:SHOWN]:
@@ -162,6 +162,7 @@ def _table(report: "BenchmarkReport") -> Any:
     if report.bare is not None:
         title += f", {len(report.bare)} without subtitles"
     table = Table(title=escape(title), title_justify="left")
+    table.caption = f"{report.scores.total.asked} of {report.questions} questions asked"
     for heading in ("", "questions", "right", "right %", "95 % interval", "unread"):
         table.add_column(heading, justify="left" if not heading else "right")
     rows = [("all", report.scores.total)]
