@@ -40,9 +40,7 @@ def add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         description=DESCRIPTION,
         formatter_class=raw,
     )
-    evaluate.add_argument(
-        "--videos", metavar="N", type=positive, help="how many films to render (default: 20)"
-    )
+    evaluate.add_argument("--videos", metavar="N", type=positive, help="how many films to render (default: 20)")
     evaluate.add_argument("--model", default="tiny", help="a preset or a model's directory (default: tiny)")
     evaluate.set_defaults(run=_films)
     benchmarks = evaluate.add_subparsers(title="benchmarks", metavar="[BENCHMARK]")
