@@ -15,7 +15,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from hourllava.cli.embed import add_embed
+from hourllava.cli.evaluate import add_evaluate
 from hourllava.cli.memory import add_memory
+from hourllava.cli.numbers import positive
 from hourllava.cli.plan import add_plan
 from hourllava.cli.shards import add_shards
 from hourllava.errors import HourLlavaError
@@ -73,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     add_shards(commands)
     add_plan(commands)
     _add_train(commands)
-    _add_evaluate(commands)
+    add_evaluate(commands)
     _add_retrieval_report(commands)
     _add_convert(commands)
     doctor = commands.add_parser("doctor", help="say what is installed, which kernels are live, and what is missing")
@@ -141,7 +143,7 @@ def _add_watch(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     watch.add_argument(
         "--idle",
         metavar="SECONDS",
-        type=_positive,
+        type=positive,
         default=30,
         help="with --follow: a source that gives nothing for so long has ended (default: 30)",
     )
@@ -187,13 +189,6 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     train.set_defaults(run=_train)
 
 
-def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    evaluate = commands.add_parser("evaluate", help="measure accuracy on held-out films of one hour")
-    evaluate.add_argument("--videos", metavar="N", type=_positive, default=20, help="how many films (default: 20)")
-    _add_model(evaluate)
-    evaluate.set_defaults(run=_evaluate)
-
-
 def _add_retrieval_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     report = commands.add_parser(
         "retrieval-report",
@@ -203,9 +198,9 @@ def _add_retrieval_report(commands: "argparse._SubParsersAction[argparse.Argumen
             "answers and time with reading all of them. From 300 questions on (13 films), a default budget follows."
         ),
     )
-    report.add_argument("--videos", metavar="N", type=_positive, default=20, help="how many films (default: 20)")
+    report.add_argument("--videos", metavar="N", type=positive, default=20, help="how many films (default: 20)")
     report.add_argument(
-        "--seconds", metavar="N", type=_positive, default=3600, help="how long each film is (default: 3600)"
+        "--seconds", metavar="N", type=positive, default=3600, help="how long each film is (default: 3600)"
     )
     _add_choices(report)
     report.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
@@ -255,7 +250,7 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
         help="what pages are chosen by: content, place (rotated) or both (default: both)",
     )
     parser.add_argument(
-        "--tile", metavar="ROWS", type=_positive, help="let every so many query rows choose their own pages"
+        "--tile", metavar="ROWS", type=positive, help="let every so many query rows choose their own pages"
     )
 
 
@@ -268,12 +263,6 @@ def _span(text: str) -> tuple[float, float]:
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no span of time, write 12:04-12:30") from error
     return span
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def _version() -> str:
@@ -338,12 +327,6 @@ def _train(args: argparse.Namespace) -> int:
     from hourllava.cli.train import train
 
     return train(args.recipe, args.changes, args.output)
-
-
-def _evaluate(args: argparse.Namespace) -> int:
-    from hourllava.evaluate import main as evaluate
-
-    return evaluate(videos=args.videos, model=args.model)
 
 
 def _retrieval_report(args: argparse.Namespace) -> int:
