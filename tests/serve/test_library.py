@@ -202,6 +202,7 @@ def test_the_next_server_goes_on(
         until(lambda: held.status("film").frames == CHUNK)
         closing = threading.Thread(target=held.close)
         closing.start()
+        until(lambda: held._jobs["film"].stop.is_set())
         gate.open(CHUNK // BATCH)  # the chunk in hand
         closing.join(DEADLINE)
         assert not closing.is_alive()
@@ -280,7 +281,7 @@ def test_what_fails_later_is_kept_and_tried_again(
         assert status.error == (
             "film: an error of the server, which its log holds (RuntimeError)" if ours else str(error)
         )
-        assert ["Traceback" in logging.Formatter().format(r) for r in caplog.records] == ([True] if ours else [])
+        assert ["Traceback" in logging.Formatter().format(r) for r in caplog.records] == [ours]
         with held.use("film") as memory:
             assert memory.frames == CHUNK
         gate.error = None
@@ -288,3 +289,34 @@ def test_what_fails_later_is_kept_and_tried_again(
         assert held.wait("film", DEADLINE)
         assert_same(held_content(held, "film"), wanted)
         assert films_in(tmp_path) == set()
+
+
+def test_what_another_program_deletes_is_gone(
+    model: HourLlavaForConditionalGeneration, film: Path, wanted: list[Tensor], tmp_path: Path
+) -> None:
+    """Its file, too, which is not taken for that of the next video of the name."""
+    short = write_clip(tmp_path / "short.mp4", range(5), Fraction(1))
+    with library(model, tmp_path / "kept", keep_videos=True) as held:
+        held.ensure(data_url(short), "film")
+        assert held.wait("film", DEADLINE)
+        assert held.film("film") is not None
+        Repository(tmp_path / "kept").delete("film")
+        assert held.statuses() == []
+        for call in (held.status, held.use, held.film, lambda name: held.ensure(None, name)):
+            with pytest.raises(UnknownMemoryError):
+                call("film")
+        held.ensure(data_url(film), "film")
+        assert held.wait("film", DEADLINE)
+        assert_same(held_content(held, "film"), wanted)
+
+
+def test_failures_are_told_and_forgotten_in_the_end(
+    model: HourLlavaForConditionalGeneration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hourllava.serve.library.FAILURES_TOLD", 2)
+    with library(model, tmp_path) as held:
+        for number in range(5):
+            name = held.ensure(f"data:video/mp4;base64,{number}", f"video{number}")
+            with pytest.raises(SourceError, match="it is not base64"):
+                held.wait(name, DEADLINE)
+        assert [status.name for status in held.statuses()] == ["video2", "video3", "video4"]

@@ -89,7 +89,12 @@ class Library:
             video = self._shelf.find(name) if asked else self._shelf.video(name)
             if video is not None and asked is not None and not same_source(video.source, asked):
                 raise _conflict(name, "it stands for another video")
-            if self._running(name) or (video is not None and not self._shelf.unfinished(name)):
+            job = self._jobs.get(name)
+            if job is not None and not job.over:
+                return name
+            if video is not None and not self._shelf.unfinished(name):
+                if job is not None and job.state == "failed" and not job.endless:
+                    del self._jobs[name]  # another server has come to its end meanwhile
                 return name
             if video is not None and asked is None:
                 asked = self._source_again(video.source)
@@ -163,7 +168,8 @@ class Library:
             job.take()
             self._enter(job)
             live = LiveMemory(job, self._shelf.open(job), self._watchers.end)
-            self._jobs[name], self._live[name] = job, live
+            self._live[name] = live  # first: who finds the job has to be able to stop it
+            self._jobs[name] = job
         return live
 
     def wait(self, name: str, timeout: float | None = None) -> bool:

@@ -52,6 +52,10 @@ class Shelf:
         """Where the file of a video is that was fetched or uploaded, or the folder of its frames."""
         return self._films / name
 
+    def without_place(self, text: str) -> str:
+        """A text with names in place of paths: where the server keeps its files is nobody's business."""
+        return text.replace(f"{self._films}/", "").replace(f"{self.repository.folder}/", "")
+
     def find(self, name: str) -> Video | None:
         """The video of that name, if there is one."""
         return self._catalogue.find(name)
@@ -77,6 +81,8 @@ class Shelf:
         # What is endless has nothing to be gone on with once nobody follows it.
         self._mark(job.name, job.endless, STOPPED if job.endless else "")
         if self.find(job.name) is None:
+            if job.asked is not None or job.endless:
+                _remove(self.film(job.name))  # of a video that another program has deleted
             self.repository.declare(job.name, self._writer, "bfloat16", True, job.source)
 
     def open(self, job: Job) -> VideoMemory:
@@ -125,20 +131,20 @@ class Shelf:
         Raises:
             UnknownMemoryError: there is no such video.
         """
-        video = self.video(name) if job is None else self.find(name)
+        video = self.find(name) if job is not None and (not job.over or job.empty) else self.video(name)
         return self._status(name, job, video, self._catalogue.source(_key(name)))
 
     def statuses(self, jobs: dict[str, Job]) -> list[Status]:
         """How far each video is, by name, of which the last jobs are given."""
         videos = {video.name: video for video in self._catalogue.videos()}
         marks = {mark.path: mark for mark in self._catalogue.sources()}
-        names = sorted({*jobs, *videos})
+        names = sorted({*videos, *(name for name, job in jobs.items() if not job.over or job.empty)})
         return [self._status(n, jobs.get(n), videos.get(n), marks.get(_key(n))) for n in names]
 
     def _status(self, name: str, job: Job | None, video: Video | None, mark: Mark | None) -> Status:
         whole = mark is None or (mark.done and mark.reason != STOPPED)
         state: State = job.state if job is not None else "ready" if whole else "stopped"
-        frames, damage = (video.frames, video.damage.replace(str(self.film(name)), name)) if video else (0, "")
+        frames, damage = (video.frames, self.without_place(video.damage)) if video is not None else (0, "")
         return Status(
             name=name,
             source=job.source if job is not None else video.source if video is not None else "",

@@ -133,7 +133,7 @@ def identify(text: str, policy: SourcePolicy) -> Source:
     Raises:
         SourceError: it is none of these, or the policy does not allow it.
     """
-    scheme = text.partition(":")[0].lower()
+    scheme = text[:200].partition(":")[0].lower()  # a data: URL can be long, and is not to be copied
     if scheme == "data":
         return _identify_data(text)
     if text.startswith("/") or scheme == "file":

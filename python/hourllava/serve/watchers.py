@@ -61,9 +61,8 @@ class Watchers:
     def end(self, job: Job, state: State, error: Exception | None = None) -> None:
         """Whatever happens: the memory is closed, the job is over, and who waits for it hears of it."""
         if isinstance(error, HourLlavaError):
-            # Where the server keeps its files is nobody's business.
-            film = str(self._shelf.film(job.name))
-            error = type(error)(*(part.replace(film, job.name) for part in (error.what, error.why, error.todo)))
+            logger.warning("%s: %s", job.name, error)
+            error = type(error)(*map(self._shelf.without_place, (error.what, error.why, error.todo)))
         elif error is not None:
             logger.error("%s: watching failed", job.name, exc_info=error)
         try:
@@ -102,6 +101,8 @@ class Watchers:
         assert job.asked is not None
         fetch(job.asked, self._policy, self._shelf.film(job.name), job.stop)
         job.give_back()
+        if job.stop.is_set() and job.take():  # who stopped it may have looked a moment before
+            raise Stopped
         self._to_watch.put(job)
         job.wait_over()  # no more than a few files lie there and wait
 
