@@ -182,7 +182,7 @@ def test_a_download_that_is_stopped(tmp_path: Path, where: str) -> None:
         assert reached.wait(DEADLINE)
         stop.set()
 
-    with serving({"/half": half}) as (url, _):
+    with serving({"/half": half}) as (url, asked):
         thread = threading.Thread(target=stops)
         thread.start()
         with pytest.raises(Stopped):
@@ -191,6 +191,7 @@ def test_a_download_that_is_stopped(tmp_path: Path, where: str) -> None:
         assert not over.is_set()
         with pytest.raises(Stopped):
             fetch(identify(f"{url}/half", policy), policy, tmp_path / "film", stop)
+        assert asked == ["/half"]  # the second time it was not even asked
         over.set()
     assert list(tmp_path.iterdir()) == []
 

@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -41,6 +42,9 @@ from hourllava.errors import (
 )
 from hourllava.memory import Repository, repair, verify
 from hourllava.model import FrameWriter, HourLlavaForConditionalGeneration
+from hourllava.serve.jobs import Job
+from hourllava.serve.watchers import FETCHERS
+from hourllava.video import VideoReader
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +85,7 @@ def test_a_file_is_watched_and_asked(
         assert abs(status.created - time.time()) < 3600
         assert held.statuses() == [status]
         assert held.film(name) == film
+        assert held._jobs[name].memory is held._jobs[name].asked is None  # which may be large
         assert held.usage()[0].memories == (name,)
         assert held.ensure(f"file://{film}", name) == held.ensure(None, name) == name
     repository = Repository(tmp_path)
@@ -130,6 +135,8 @@ def test_it_is_asked_while_it_grows(
         until(lambda: held.status(name).frames == CHUNK)
         status = held.status(name)
         assert (status.state, status.expected) == ("watching", SECONDS)
+        held.ensure(str(film), "film")
+        assert held.status(name).state == "watching"  # and not waiting to begin once more
         with held.use(name) as memory:
             assert memory.frames == CHUNK
             assert torch.equal(memory.prefix().tokens, wanted[0][:CHUNK])
@@ -271,10 +278,12 @@ def test_what_fails_later_is_kept_and_tried_again(
         gate.open(CHUNK // BATCH)
         until(lambda: held.status("film").frames == CHUNK)
         gate.error = error
+        gate.error.__cause__ = ValueError("inside")
         gate.open()
         for _ in range(2):
-            with pytest.raises(type(error)):
+            with pytest.raises(type(error)) as caught:
                 held.wait("film", DEADLINE)
+            assert caught.value.__cause__ is caught.value.__context__ is None  # they would hold pictures
         status = held.status("film")
         ours = isinstance(error, RuntimeError)
         assert (status.state, status.frames) == ("failed", CHUNK)
@@ -320,3 +329,59 @@ def test_failures_are_told_and_forgotten_in_the_end(
             with pytest.raises(SourceError, match="it is not base64"):
                 held.wait(name, DEADLINE)
         assert [status.name for status in held.statuses()] == ["video2", "video3", "video4"]
+
+
+def test_a_whole_memory_is_not_decoded_again(
+    model: HourLlavaForConditionalGeneration, film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last server came to the end and could no longer say so."""
+    with library(model, tmp_path, film.parent) as held:
+        held.ensure(str(film), "film")
+        assert held.wait("film", DEADLINE)
+    catalogue = Repository(tmp_path).catalogue
+    (mark,) = catalogue.sources()
+    catalogue.record(replace(mark, done=False))
+    monkeypatch.delattr(VideoReader, "chunks")
+    with library(model, tmp_path, film.parent) as held:
+        assert held.status("film").state == "stopped"
+        held.ensure(None, "film")
+        assert held.wait("film", DEADLINE)
+        assert held.status("film").state == "ready"
+
+
+def test_files_are_fetched_a_little_ahead(
+    model: HourLlavaForConditionalGeneration, film: Path, tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_at_once: list[int] = []
+    encode = FrameWriter.encode
+
+    def counts(writer: FrameWriter, frames: Tensor) -> Tensor:
+        held_at_once.append(len(films_in(tmp_path)))
+        return encode(writer, frames)
+
+    monkeypatch.setattr(FrameWriter, "encode", counts)
+    with library(model, tmp_path) as held:
+        names = [held.ensure(data_url(film), f"film{number}") for number in range(5)]
+        until(lambda: len(films_in(tmp_path)) == FETCHERS)
+        gate.open()
+        assert all(held.wait(name, DEADLINE) for name in names)
+    assert max(held_at_once) == FETCHERS
+
+
+def test_a_stop_between_fetching_and_watching(
+    model: HourLlavaForConditionalGeneration, film: Path, tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever stops a job finds it in the fetcher's hands; it ends all the same, whatever is watched meanwhile."""
+    with library(model, tmp_path, film.parent) as held:
+        held.ensure(str(film), "film")
+        give_back = Job.give_back
+
+        def just_before(job: Job) -> None:
+            held.stop(job.name)
+            give_back(job)
+
+        monkeypatch.setattr(Job, "give_back", just_before)
+        held.ensure(data_url(film), "data")
+        assert held.wait("data", DEADLINE)
+        assert [status.state for status in held.statuses()] == ["stopped", "watching"]
+        gate.open()

@@ -89,8 +89,6 @@ class Watchers:
 
     def _guard(self, do: Callable[[Job], None], job: Job) -> None:
         try:
-            if job.stop.is_set():
-                raise Stopped
             do(job)
         except Stopped:
             self.end(job, "stopped")
