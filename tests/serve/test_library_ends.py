@@ -25,9 +25,7 @@ from libraries import (
 )
 from tiny_model import make_model
 
-from hourllava.errors import (
-    UnknownMemoryError,
-)
+from hourllava.errors import BusyError, UnknownMemoryError
 from hourllava.memory import Repository
 from hourllava.model import HourLlavaForConditionalGeneration
 
@@ -92,6 +90,32 @@ def test_stop_and_delete(
         held.ensure(str(film), "film")
         assert held.wait("film", DEADLINE)
         assert held.status("film").frames == SECONDS
+
+
+def test_too_many_videos(
+    model: HourLlavaForConditionalGeneration,
+    film: Path,
+    tmp_path: Path,
+    gate: Gate,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("hourllava.serve.library.MOST_WAITING", 1)
+    with library(model, tmp_path, film.parent) as held:
+        held.ensure(str(film), "film")
+        until(lambda: held.status("film").state == "watching")
+        held.ensure(data_url(film), "data")
+        sent = held.upload("upload")
+        sent.write(film.read_bytes())
+        for call in (sent.commit, lambda: held.ensure(str(film), "more")):
+            with pytest.raises(BusyError, match="1 videos wait to be watched already"):
+                call()
+        assert held.ensure(data_url(film), "data") == "data"
+        assert [status.name for status in held.statuses()] == ["data", "film"]
+        held.live("live").close()  # which need not wait
+        gate.open()
+        assert held.wait("data", DEADLINE)
+        assert films_in(tmp_path) == set()
+        held.ensure(str(film), "more")
 
 
 def test_deleting_what_is_being_asked(model: HourLlavaForConditionalGeneration, film: Path, tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ class Job:
         endless: it is followed or sent: nobody waits for its end.
         memory: what it is taken into, once it has begun.
         stop: ends it at the next chunk.
+        on_stop: ends it where no thread of the server takes it in.
         by_hand: it was someone's wish that it stop, and not the end of the server.
         empty: it ended without one second, and is not kept.
     """
@@ -65,6 +66,7 @@ class Job:
         self.name, self.source, self.asked, self.endless = name, source, asked, endless
         self.memory: VideoMemory | None = None
         self.stop, self.by_hand, self.empty = Stop(), False, False
+        self.on_stop: Callable[[], None] | None = None
         self.expected: int | None = None
         self.error: Exception | None = None
         self.created = time.time()
@@ -98,7 +100,7 @@ class Job:
             self.error = error and _bare(error)
             self._state = state
             if self.over:
-                self.memory = self.asked = None  # much RAM, with a data: URL
+                self.memory = self.asked = self.on_stop = None  # much RAM, with a data: URL
             self._changed.notify_all()
 
     def progress(self, memory: VideoMemory) -> None:
@@ -163,6 +165,7 @@ class Upload:
         Raises:
             SourceError: it holds nothing, or the disk is full.
             SourceConflictError: meanwhile another video has got the name.
+            BusyError: too many videos wait to be watched.
         """
         try:
             self._watch()

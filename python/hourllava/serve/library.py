@@ -3,10 +3,11 @@
 
 import threading
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hourllava.errors import HourLlavaError, InputError, SourceConflictError, SourceError
+from hourllava.errors import BusyError, HourLlavaError, InputError, SourceConflictError, SourceError
 from hourllava.memory import HeldMemory, MemoryPool, TierUsage
 from hourllava.memory.repository import check_name
 from hourllava.model import FrameWriter
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 UPLOADED, SENT = "upload", "frames sent by a client"  # sources
 FAILURES_TOLD = 64  # of videos that are not kept
+MOST_WAITING = 256  # videos that wait to be watched
 
 
 class Library:
@@ -61,7 +63,6 @@ class Library:
         self._watchers = Watchers(model, self._shelf, policy)
         self._lock = threading.Lock()  # held while it is decided who takes in what
         self._jobs: dict[str, Job] = {}  # the last one of each video
-        self._live: dict[str, LiveMemory] = {}
         self._closed = False
 
     def ensure(self, source: str | None, name: str | None) -> str:
@@ -76,6 +77,7 @@ class Library:
             SourceConflictError: the name stands for a video of another source.
             UnknownMemoryError: no source is given, and there is no such video.
             MemoryFileError: the name is no name for a folder, or the disk is full.
+            BusyError: too many videos wait to be watched.
         """
         if source is None and name is None:
             raise InputError("video", "neither a source nor a name is given", "give one of them")
@@ -117,6 +119,7 @@ class Library:
         def watch() -> None:
             with self._lock:
                 self._check_free(name)
+                self._check_queue(name)
                 file.commit()
                 self._begin(Job(name, UPLOADED))
 
@@ -168,12 +171,12 @@ class Library:
             job.take()
             self._enter(job)
             live = LiveMemory(job, self._shelf.open(job), self._watchers.end)
-            self._live[name] = live  # first: who finds the job has to be able to stop it
+            job.on_stop = partial(live.end, "stopped")
             self._jobs[name] = job
         return live
 
     def wait(self, name: str, timeout: float | None = None) -> bool:
-        """Wait until a video is watched or, if it is followed or sent, has a second that can be asked.
+        """Wait until a video that was begun is watched or, if it is followed or sent, has a second that can be asked.
 
         Returns:
             False if that took longer than `timeout` seconds.
@@ -237,7 +240,7 @@ class Library:
             self._shelf.video(name)
         elif not job.over:
             job.by_hand = True
-            self._stop(job)
+            self._watchers.stop(job)
 
     def delete(self, name: str) -> None:
         """Stop a video and forget it, with its file if that was fetched or uploaded; who asks it may read on.
@@ -251,7 +254,7 @@ class Library:
             if job is None:
                 self._shelf.video(name)
             else:
-                self._stop(job)
+                self._watchers.stop(job)
                 job.wait_over()
             with self._lock:
                 if self._jobs.get(name) is job:  # else someone has begun it anew
@@ -273,7 +276,7 @@ class Library:
             self._closed = True
             jobs = list(self._jobs.values())
         for job in jobs:
-            self._stop(job)
+            self._watchers.stop(job)
         self._watchers.close()
         self._shelf.close()
 
@@ -283,9 +286,16 @@ class Library:
 
     def _begin(self, job: Job) -> None:
         """Have a file watched."""
+        self._check_queue(job.name)
         self._enter(job)
         self._jobs[job.name] = job
         self._watchers.watch(job)
+
+    def _check_queue(self, name: str) -> None:
+        """Raise BusyError if no more videos may wait."""
+        waiting = sum(job.state == "waiting" for job in self._jobs.values())
+        if waiting >= MOST_WAITING:
+            raise BusyError(name, f"{waiting} videos wait to be watched already", "try again later")
 
     def _enter(self, job: Job) -> None:
         if self._closed:
@@ -294,12 +304,6 @@ class Library:
         for name in gone[: len(gone) - FAILURES_TOLD]:
             del self._jobs[name]
         self._shelf.begin(job)
-
-    def _stop(self, job: Job) -> None:
-        self._watchers.stop(job)
-        live = self._live.get(job.name)
-        if live is not None and live.job is job:
-            live.end("stopped")
 
     def _source_again(self, recorded: str) -> Source | None:
         """The source of a video that was begun, if it can be had once more."""

@@ -55,7 +55,10 @@ class Watchers:
     def stop(self, job: Job) -> None:
         """End a job at its next chunk, or at once if it waits for its turn."""
         job.stop.set()
-        if job.take():
+        on_stop = job.on_stop
+        if on_stop is not None:
+            on_stop()
+        elif job.take():
             self.end(job, "stopped")
 
     def end(self, job: Job, state: State, error: Exception | None = None) -> None:
