@@ -43,6 +43,22 @@ class BusyError(HourLlavaError):
     """A server has as much to do as it takes on; the same question can be asked again."""
 
 
+class UnknownMemoryError(MemoryFileError):
+    """There is no memory of that name."""
+
+
+class SourceError(HourLlavaError):
+    """What is named as a video's source may not be used, or cannot be got."""
+
+
+class SourceSizeError(SourceError):
+    """A video has more bytes than are taken."""
+
+
+class SourceConflictError(SourceError):
+    """A name stands for a video from elsewhere already."""
+
+
 class ModelError(HourLlavaError):
     """A model directory is missing, incomplete or not of this architecture."""
 

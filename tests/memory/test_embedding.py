@@ -132,12 +132,14 @@ def test_sources(tmp_path):
     repository = Repository(tmp_path)
     catalogue = repository.catalogue
     assert catalogue.source("/a.mp4") is None
+    assert catalogue.sources() == []
     embed(repository)
     catalogue.record(Source("/a.mp4", "film", False, "too dark"))
     catalogue.record(Source("/b.mp4", "movie", False, ""))
     assert catalogue.source("/a.mp4") == Source("/a.mp4", "film", False, "too dark")
     catalogue.record(Source("/a.mp4", "film", True, ""))
     assert catalogue.source("/a.mp4").done
+    assert catalogue.sources() == [Source("/a.mp4", "film", True, ""), Source("/b.mp4", "movie", False, "")]
     repository.delete("film")
     assert catalogue.source("/a.mp4") is None
     assert catalogue.source("/b.mp4") is not None

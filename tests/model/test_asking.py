@@ -231,6 +231,15 @@ def test_frames_of_any_size_and_a_video_file(tmp_path):
     assert memory.timings["decode"] > 0
 
 
+def test_chunks_that_are_skipped_are_told():
+    """Whoever wants to stop a watching that goes on far into a video need not wait until it is there."""
+    model, frames, seen = make_model(), make_frames(150), []
+    memory = model.watch(frames[:100], progress=False)
+    model.watch(frames, progress=False, into=memory, on_chunk=lambda memory: seen.append(memory.frames))
+    assert seen == [100, 128, 150]
+    assert torch.equal(memory.tokens, model.watch(frames, progress=False).tokens)
+
+
 def test_a_question_may_forget_otherwise():
     model = make_model()
     memory = model.watch(make_frames(40), progress=False)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from clips import SIDE, board, cut, damage, numbers, write_clip, write_tone
+from PIL import Image
 
 from hourllava.errors import VideoError
 from hourllava.video import open_video, write_video
@@ -56,6 +57,28 @@ def test_text_named_as_video(tmp_path: Path, text: str) -> None:
     path = tmp_path / "diary.mp4"
     path.write_text(text)
     assert "not a video" in refusal(path)
+
+
+@pytest.mark.parametrize("where", ["../secret.ts", "{folder}/secret.ts", "file://{folder}/secret.ts", "secret.ts"])
+@pytest.mark.parametrize("suffix", ["m3u8", "ffconcat"])
+def test_no_other_file_is_read(tmp_path: Path, suffix: str, where: str) -> None:
+    """Whoever hands in a list of files sees none of them, wherever they lie."""
+    given = tmp_path / "given"
+    given.mkdir()
+    for folder in (tmp_path, given):
+        write_clip(folder / "secret.ts", range(5), Fraction(1))
+    other, path = where.format(folder=tmp_path), given / f"list.{suffix}"
+    if suffix == "m3u8":
+        path.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\n{other}\n#EXT-X-ENDLIST\n")
+    else:
+        path.write_text(f"ffconcat version 1.0\nfile '{other}'\nduration 5\n")
+    assert "a list of other files" in refusal(path)
+
+
+def test_a_pattern_is_only_a_name(tmp_path: Path) -> None:
+    for name in ("secret1.jpg", "secret2.jpg", "secret%d.jpg"):
+        Image.new("RGB", (64, 64)).save(tmp_path / name)
+    refusal(tmp_path / "secret%d.jpg")
 
 
 def test_noise_named_as_video(tmp_path: Path) -> None:

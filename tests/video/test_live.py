@@ -225,3 +225,15 @@ def test_addresses_and_paths() -> None:
     assert not is_url("film.mp4")
     assert not is_url(Path("http:/film.mp4"))
     assert not is_url("C:\\film.mp4")
+
+
+@pytest.mark.parametrize(
+    ("address", "name"),
+    [
+        ("rtsp://camera/1?a@b", "rtsp://camera/1?a@b"),
+        ("rtsp://me:p@ss:w@camera:554/1@2", "rtsp://camera:554/1@2"),
+        ("http://me@camera?x=//y@z", "http://camera?x=//y@z"),
+    ],
+)
+def test_a_password_is_told_to_nobody(address: str, name: str) -> None:
+    assert LiveReader(address).name == name

@@ -153,6 +153,14 @@ class Catalogue:
             row = db.execute("SELECT path, video, done, reason FROM sources WHERE path = ?", (path,)).fetchone()
         return None if row is None else Source(row[0], row[1], bool(row[2]), row[3])
 
+    def sources(self) -> list[Source]:
+        """What was said of files, by path."""
+        with self._reading() as db:
+            if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'sources'").fetchone():
+                return []
+            rows = db.execute("SELECT path, video, done, reason FROM sources ORDER BY path")
+            return [Source(row[0], row[1], bool(row[2]), row[3]) for row in rows]
+
     def record(self, source: Source) -> None:
         """Say how far a file came; what was said of it before is forgotten."""
         with self._sources() as db:

@@ -237,10 +237,11 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
         """Take a video in, once.
 
         Args:
-            source: a video file; a `LiveReader`, which goes on; or frames, one a second, uint8 RGB (T, 3, H, W); or an
-                iterable of such tensors. Threads may ask a memory that is given as `into` meanwhile.
+            source: a video file, or a reader of one or of a folder of frames; a `LiveReader`, which goes on; or frames,
+                one a second, uint8 RGB (T, 3, H, W); or an iterable of such tensors. Threads may ask a
+                memory that is given as `into` meanwhile.
             progress: show a bar on stderr.
-            on_chunk: called with the memory after each chunk of frames; it may ask questions already.
+            on_chunk: called with the memory after each chunk of frames, skipped ones too; it may ask questions already.
             into: a memory to go on with, of which the source's first `frames` seconds are skipped; or a folder, to keep
                 the memory in nameless files there, so that RAM holds none of it; None keeps it in RAM.
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from hourllava.errors import ModelError, VideoError
 from hourllava.memory import MemoryShape, ShardedMemory, VideoMemory, scratch_files
-from hourllava.video import LiveReader, VideoReader, open_video, resize_frames
+from hourllava.video import FrameFolder, LiveReader, VideoReader, open_video, resize_frames
 
 from .configuration import HourLlavaConfig
 from .memaug import rotary_frequencies
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 BATCH = 16
 CHUNK = 4 * BATCH  # frames taken from the decoder at a time, and committed together
 
-Source = str | os.PathLike[str] | LiveReader | Tensor | Iterable[Tensor]
+Source = str | os.PathLike[str] | VideoReader | FrameFolder | LiveReader | Tensor | Iterable[Tensor]
 
 
 class FrameWriter:
@@ -184,7 +184,7 @@ def _take_in(
     began = time.perf_counter()
     opened = open_video(source, device=model.device) if isinstance(source, str | os.PathLike) else source
     memory.timings["decode"] += time.perf_counter() - began  # its index is read
-    expected = opened.frames_expected if isinstance(opened, VideoReader) else None
+    expected = opened.frames_expected if isinstance(opened, VideoReader | FrameFolder) else None
     if isinstance(opened, Tensor):
         expected = len(opened)
     if isinstance(source, str | os.PathLike):
@@ -203,7 +203,7 @@ def _take_in(
             memory.timings["decode"] += time.perf_counter() - started
             if frames is None:
                 break
-            if isinstance(opened, VideoReader):
+            if isinstance(opened, VideoReader | FrameFolder):
                 memory.damage = opened.report.message
             elif isinstance(opened, LiveReader):
                 memory.damage = opened.message or (before if opened.path is None else None)
@@ -224,18 +224,20 @@ def new_memory(writer: FrameWriter, folder: str | os.PathLike[str] | None = None
 
 
 def _after(frames: int, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Leave out the first frames, which a memory holds already; chunks that were given out are not held."""
+    """Leave out the first frames, which a memory holds already; chunks that were given out are not held.
+
+    A chunk of which nothing is left is given out empty, so that who waits for its turn to stop need not wait for long.
+    """
     for chunk in chunks:
         rest = chunk[frames:]
         frames -= len(chunk) - len(rest)
         del chunk
-        if len(rest):
-            yield rest
+        yield rest
         del rest
 
 
-def _chunks(source: VideoReader | LiveReader | Tensor | Iterable[Tensor], size: int) -> Iterator[Tensor]:
-    if isinstance(source, VideoReader | LiveReader):
+def _chunks(source: VideoReader | FrameFolder | LiveReader | Tensor | Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    if isinstance(source, VideoReader | FrameFolder | LiveReader):
         return map(attrgetter("frames"), source.chunks(size, chunk=CHUNK))
     if isinstance(source, Tensor):
         return iter(source.split(CHUNK))

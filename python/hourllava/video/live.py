@@ -63,7 +63,7 @@ class LiveReader:
     """
 
     def __init__(self, source: str | os.PathLike[str], idle: float = 30.0, stop: Event | None = None) -> None:
-        self.name = re.sub(r"//[^/@]*@", "//", os.fspath(source))
+        self.name = re.sub(r"(?<=//)[^/?#]*@", "", os.fspath(source), count=1)
         self.path: str | None = None
         self.lost = 0
         self.ending: str | None = None

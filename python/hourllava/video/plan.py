@@ -30,6 +30,9 @@ BROADCAST = {"mpegts", "mpeg"}
 # Codecs whose key pictures make a decoder forget all before them, and containers that find them by an index.
 RESTARTING = {"vp9", "av1"}
 INDEXED = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
+# Formats that are lists of other files. Whoever hands in such a list must not be shown what else lies on this machine.
+LISTS = {"concat", "dash", "hls", "image2", "imf", "mlv", "vobsub"}
+LIST_HEADS = (b"#EXTM3U", b"ffconcat")
 CUT_TOLERANCE = 1.0  # seconds that may be missing before an intact file is ruled out
 
 
@@ -53,14 +56,19 @@ class Plan:
 def open_container(path: str | os.PathLike[str]) -> tuple[InputContainer, VideoStream]:
     """Open a local file and find its video stream; cover art does not count as video.
 
+    No other file is read, whatever this one says.
+
     Raises:
-        VideoError: the path is no readable file, no video, or holds sound only.
+        VideoError: the path is no readable file, no video, a list of other files, or holds sound only.
     """
     path = Path(path)
     _check_file(path)
+    formats = ",".join(sorted(av.formats_available - LISTS))
     try:
-        # The prefix keeps a colon in a name from being taken for a protocol; the whitelist keeps playlists off the net.
-        container = av.open(f"file:{path}", metadata_errors="replace", options={"protocol_whitelist": "file"})
+        # The prefix keeps a colon in a name from being taken for a protocol; the first whitelist keeps FFmpeg off the
+        # net.
+        options = {"protocol_whitelist": "file", "format_whitelist": formats}
+        container = av.open(f"file:{path}", metadata_errors="replace", options=options)
     except (av.FFmpegError, ValueError) as error:
         raise VideoError(path, *_why_not_video(path)) from error
     return container, find_stream(container, path)
@@ -109,6 +117,8 @@ def _why_not_video(path: Path) -> tuple[str, str]:
         head = file.read(12)
     if head[4:8] == b"ftyp":  # an ISO media file, so only its index can be what is missing
         return "its index (moov) is missing or damaged, as in an unfinished download or recording", "get it again"
+    if head.startswith(LIST_HEADS):
+        return "is not a video but a list of other files", "give the video itself"
     return "is not a video that FFmpeg can read", "check that it plays, or convert it to MP4"
 
 
