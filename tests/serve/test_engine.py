@@ -229,3 +229,15 @@ def test_a_listener_that_is_gone_ends_its_answer(model, memory, engine, caplog) 
     reasons = [event.reason for event in lost.events if isinstance(event, Ended)]
     assert reasons == ["cancelled"]
     assert "nobody to go to" in caplog.text
+
+
+def test_a_token_copies_no_keys(model, memory) -> None:
+    batch = DecodingBatch(model)
+    with torch.no_grad():
+        for question in QUESTIONS[:2]:
+            batch.add(asks(model, memory, question)().embeds)
+        places = []
+        for _ in range(70):  # more than there is room for at first
+            batch.step(torch.tensor([7, 8]))
+            places.append(batch._layers[0].keys.data_ptr())
+    assert len(set(places)) == 2
