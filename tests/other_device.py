@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Watching and asking on a device that is not the CPU and holds its numbers there.
+"""Watching, asking and training on a device that is not the CPU and holds its numbers there.
 
 What else only a GPU would refuse, tensors of two devices in one operation, is refused without one, and what would make
 the host wait is written down.
@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -152,6 +153,20 @@ def watch_and_ask(model: Any, pictures: Tensor, folder: Path) -> list[Any]:
     return answers
 
 
+def train_and_generate(model: Any, pictures: Tensor, device: torch.device) -> list[Any]:
+    """A loss and the size of a gradient, of a batch of a video and an image in tiles, and what is written about it."""
+    image, side = model.config.image_token_id, model.config.tile_size
+    ids = torch.tensor([[5, image, 7, 8, 9], [5, 6, image, 8, 9]]).to(device)
+    seen = {"modalities": ["video", "image"], "image_sizes": [None, (2 * side, 2 * side)]}
+    seen["pixel_values"] = [pictures[:20].to(device), pictures[20:25].to(device)]
+    model.requires_grad_(True)
+    loss = model(ids, labels=torch.where(ids == 9, ids, -100), **seen).loss
+    (gradient,) = torch.autograd.grad(loss, [model.model.vision_resampler.layers[0].cross_attn.Wkv.weight])
+    model.requires_grad_(False)
+    written = model.generate(ids, attention_mask=torch.ones_like(ids), **seen, max_new_tokens=3, do_sample=False)
+    return [loss.item(), gradient.norm().item(), *written.flatten().tolist()]
+
+
 def main(folder: Path) -> None:
     from hourllava import load_model
 
@@ -163,11 +178,13 @@ def main(folder: Path) -> None:
     (folder / "here").mkdir()
     (folder / "there").mkdir()
     expected = watch_and_ask(model, pictures, folder / "here")
+    learnt = train_and_generate(model, pictures, torch.device("cpu"))
     move(model)
     with Elsewhere():
         answers = watch_and_ask(model, pictures, folder / "there")
+        same = [pytest.approx(learnt, rel=1e-4) == train_and_generate(model, pictures, DEVICE)]
     pairs = zip(answers, expected, strict=True)
-    same = [a.text == e.text and torch.allclose(a.mass, e.mass, atol=1e-6) for a, e in pairs]
+    same += [a.text == e.text and torch.allclose(a.mass, e.mass, atol=1e-6) for a, e in pairs]
     print(json.dumps({"same": same, "waits": sorted(waits)}))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Watching and asking with a model that is not on the CPU, without a GPU: see `other_device.py`."""
+"""Watching, asking and training with a model that is not on the CPU, without a GPU: see `other_device.py`."""
 
 import json
 import subprocess
