@@ -5,8 +5,8 @@
 #     benchmarks/gpu.sh [FOLDER]
 #
 # builds the library for the torch that is there, runs the tests of the GPU's kernels (what would be skipped fails),
-# looks for memory errors and races in small cases, and measures every operator beside the peers that are installed. FOLDER
-# (default: benchmarks/results) gets the log of each step, the results as JSON, and the table. PYTHON names the
+# looks for memory errors and races in small cases, and measures every operator beside the peers that are installed.
+# FOLDER (default: benchmarks/results) gets the log of each step, the results as JSON, and the table. PYTHON names the
 # interpreter (default: python3), which needs torch, triton, pytest and pytest-benchmark; what else is missing leaves out
 # a step, and the summary says which. The exit code is 0 if every step that ran went well.
 set -uo pipefail
