@@ -26,11 +26,17 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "long: a benchmark that only a full run takes the time for")
     config.addinivalue_line("markers", "gpu: a benchmark of a size that only a GPU is for")
     # A script in the background leaves interrupts ignored; what was measured until one comes is to be kept.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, _interrupt_once)
     device = torch.device(config.getoption("--device"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError(f"--device {device}: torch sees no GPU; measure on the CPU, or where there is one")
     torch.set_default_device(device)
+
+
+def _interrupt_once(number: int, frame: Any) -> None:
+    """`timeout` sends each interrupt twice: the second must not cut short the writing of what was measured."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

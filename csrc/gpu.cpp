@@ -26,7 +26,7 @@ StreamGetter stream_getter() {
 Stream current_stream(int32_t device) {
     static const StreamGetter get = stream_getter();
     Stream stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(get(device, &stream));
+    check(get(device, &stream) == AOTI_TORCH_SUCCESS, "hourllava_ext: torch has no stream on GPU ", device);
     return stream;
 }
 

@@ -2,8 +2,10 @@
 """The benchmarks themselves: wrong values give no result, files are whole, and a picture comes of them."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +169,25 @@ def lengths():
         size = {"minutes": 10, "part": 1, "threads": threads, "copy": 1e-9}
         shape = f"3B, 10 min, 1/1 of the pages, {threads} threads"
         yield result("paged_attention", OURS, 1 / threads, shape, **size)
+
+
+def test_interrupts_lose_nothing_that_was_measured(tmp_path):
+    """The first ends the run; those that come while it writes down what it has change nothing."""
+    command = [sys.executable, "-u", "-m", "pytest", "-v", "-p", "no:cacheprovider", "benchmarks/ops/rope.py"]
+    command += ["-k", "tiny", "--results", str(tmp_path), "--benchmark-max-time=0.01", "--benchmark-min-rounds=1"]
+    given = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, **given) as run:
+        while "PASSED" not in (line := run.stdout.readline()):
+            assert line, "it ended before it was interrupted"
+        deadline = time.monotonic() + 100
+        while run.poll() is None and time.monotonic() < deadline:
+            run.send_signal(signal.SIGINT)
+            time.sleep(0.05)
+        said = run.stdout.read()
+    assert run.returncode == pytest.ExitCode.INTERRUPTED, said
+    (results,) = tmp_path.glob("*.json")
+    assert 1 <= len(json.loads(results.read_text())["results"]) < 8, said
+    assert results.with_suffix(".txt").exists()
 
 
 def test_rows_and_targets():

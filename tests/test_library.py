@@ -32,6 +32,19 @@ def test_cpu_tier_is_the_best_of_the_machine() -> None:
     assert library.build_info()["cpu_tier"] == expected
 
 
+def test_the_contracts_compile_against_the_installed_torch(tmp_path: Path) -> None:
+    """With CUDA, too, whose stream is asked of torch: `pip install` builds for whichever torch is there."""
+    csrc = Path(__file__).resolve().parents[1] / "csrc"
+    sources = sorted([csrc / "gpu.cpp", *csrc.glob("ops/*.cpp")])
+    together = tmp_path / "contracts.cpp"
+    together.write_text("".join(f'#include "{source}"\n' for source in sources))
+    include = Path(torch.__file__).parent / "include"
+    options = ["-std=c++20", "-fsyntax-only", "-w", "-DHOURLLAVA_EXT_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    command = ["c++", *options, f"-I{csrc}", f"-I{include}", str(together)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[:2000]
+
+
 def test_missing_binary_says_what_to_do(tmp_path: Path) -> None:
     shutil.copy(library.__file__, tmp_path / "library.py")
     done = subprocess.run([sys.executable, "-c", "import library"], cwd=tmp_path, capture_output=True, text=True)

@@ -39,6 +39,7 @@ void launch(void (*kernel)(Params...), Grid grid, int threads, Stream stream, Pa
 }
 
 inline void fill_bytes(void* begin, int value, int64_t bytes, Stream stream) {
+    if (bytes == 0) return;
     check_cuda(cudaMemsetAsync(begin, value, bytes, static_cast<cudaStream_t>(stream)), "prepared");
 }
 

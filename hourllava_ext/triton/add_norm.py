@@ -25,12 +25,13 @@ def _add_norm(x, residual, weight, bias, out, mean, rstd, width, eps, BLOCK: tl.
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)
     inside = c < width
+    count = tl.cast(width, tl.float32)
     total = _read_sum(x, residual, row * width + c, inside)
     # From the first column on: the sum of a row far from zero would round away what tells its columns apart.
     start = _read_sum(x, residual, row * width, width > 0)
-    centre = start + tl.sum(tl.where(inside, total - start, 0.0), 0) / width
+    centre = start + tl.div_rn(tl.sum(tl.where(inside, total - start, 0.0), 0), count)
     apart = tl.where(inside, total - centre, 0.0)
-    scale = 1.0 / tl.sqrt_rn(tl.sum(apart * apart, 0) / width + eps)
+    scale = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(apart * apart, 0), count) + eps))
     tl.store(mean + row, centre)
     tl.store(rstd + row, scale)
     w = tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
@@ -45,6 +46,7 @@ def _norm_gradients(
     chunk = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)
     inside = c < width
+    count = tl.cast(width, tl.float32)
     w = tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
     to_weight = tl.zeros((BLOCK,), tl.float32)
     to_bias = tl.zeros((BLOCK,), tl.float32)
@@ -56,8 +58,8 @@ def _norm_gradients(
         scaled = g * w
         to_weight += g * normed
         to_bias += g
-        shift = tl.sum(scaled, 0) / width
-        slope = tl.sum(scaled * normed, 0) / width
+        shift = tl.div_rn(tl.sum(scaled, 0), count)
+        slope = tl.div_rn(tl.sum(scaled * normed, 0), count)
         result = scale * (scaled - shift - slope * normed)
         tl.store(grad_sum + row * width + c, result.to(grad_sum.dtype.element_ty), mask=inside)
     tl.store(partial + 2 * chunk * width + c, to_weight, mask=inside)

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared by the Triton kernels: block sizes, the table of a rotation, and which tile a program works on."""
+"""Shared by the Triton kernels: block sizes, the table of a rotation, and which tile a program works on.
+
+The kernels divide and take roots by ``tl.div_rn`` and ``tl.sqrt_rn``, which round to nearest as the CPU does: what
+``/`` and ``tl.sqrt`` compile to on a GPU is off by up to two units in the last place, more than the error rule leaves.
+"""
 
 import torch
 import triton

@@ -19,8 +19,8 @@ def _norms(features, inverse_norms, width, BLOCK: tl.constexpr):
         x = tl.load(features + frame * width + c, mask=c < width, other=0.0).to(tl.float32)
         squares += x * x
     # A frame of zeros has no direction: the floor makes its cosines 0.
-    norm = tl.maximum(tl.sqrt(tl.sum(squares, 0)), 1e-12)
-    tl.store(inverse_norms + frame, 1.0 / norm)
+    norm = tl.maximum(tl.sqrt_rn(tl.sum(squares, 0)), 1e-12)
+    tl.store(inverse_norms + frame, tl.div_rn(1.0, norm))
 
 
 @triton.jit
@@ -37,8 +37,8 @@ def _neighbours(features, inverse_norms, score, frames, width, window, BLOCK: tl
             total += tl.load(inverse_norms + other) * x.to(tl.float32)
         own = tl.load(features + frame * width + c, mask=c < width, other=0.0).to(tl.float32)
         products += own * total
-    mean = tl.sum(products, 0) * tl.load(inverse_norms + frame) / tl.maximum(window - 1, 1)
-    tl.store(score + frame, mean)
+    total = tl.sum(products, 0) * tl.load(inverse_norms + frame)
+    tl.store(score + frame, tl.div_rn(total, tl.cast(tl.maximum(window - 1, 1), tl.float32)))
 
 
 def keyframe_score(features: Tensor, window: int = 9) -> Tensor:

@@ -45,7 +45,7 @@ def _merge(out, lse, merged, merged_lse, parts, tokens, heads, width, BLOCK_R: t
         sums = sums * kept[:, None] + x * share[:, None]
         largest = shift
     nobody = total == 0
-    mean = sums / tl.where(nobody, 1.0, total)[:, None]
+    mean = tl.div_rn(sums, tl.where(nobody, 1.0, total)[:, None])
     tl.store(merged + (row * width)[:, None] + dim[None, :], mean.to(merged.dtype.element_ty), mask=inside)
     joint = tl.where(nobody, -float("inf"), _finite(largest) + tl.log(tl.where(nobody, 1.0, total)))
     tl.store(merged_lse + place, joint, mask=exists)
@@ -79,13 +79,15 @@ def _merge_backward(
     lse_grad = tl.load(grad_merged_lse + place, mask=exists, other=0.0)
     mean = tl.zeros((BLOCK_R,), tl.float32)
     for s in range(parts):
-        share = tl.exp(tl.load(lse + s * count + place, mask=exists, other=-float("inf")) - largest) / total
+        part = tl.load(lse + s * count + place, mask=exists, other=-float("inf"))
+        share = tl.div_rn(tl.exp(part - largest), total)
         at = s * count * width + within
         x = tl.load(out + at, mask=inside & (share != 0)[:, None], other=0.0).to(tl.float32)
         mean += share * tl.sum(grad * x, 1)
         tl.store(grad_out + at, (share[:, None] * grad).to(grad_out.dtype.element_ty), mask=inside)
     for s in range(parts):
-        share = tl.exp(tl.load(lse + s * count + place, mask=exists, other=-float("inf")) - largest) / total
+        part = tl.load(lse + s * count + place, mask=exists, other=-float("inf"))
+        share = tl.div_rn(tl.exp(part - largest), total)
         x = tl.load(out + s * count * width + within, mask=inside & (share != 0)[:, None], other=0.0).to(tl.float32)
         tl.store(grad_lse + s * count + place, share * (tl.sum(grad * x, 1) - mean + lse_grad), mask=exists)
 

@@ -133,7 +133,7 @@ def _attend(
             largest = most
         nobody = total == 0
         part_out = out + split * tokens * query_heads * WIDTH
-        mean = sums / tl.where(nobody, 1.0, total)[:, None]
+        mean = tl.div_rn(sums, tl.where(nobody, 1.0, total)[:, None])
         tl.store(part_out + at + d[None, :], mean.to(out.dtype.element_ty), mask=inside)
         joint = largest + tl.log(tl.where(nobody, 1.0, total))
         part_lse = lse + split * query_heads * tokens
@@ -178,7 +178,7 @@ def _mass(
                     total += weight * tl.sum(p, 1)
     # The weights of tokens were counted once for each head of the group, and so were the shares.
     divisor = tl.sum(weights, 0) * key_heads
-    share = tl.where(divisor == 0, 0.0, tl.sum(total, 0) / tl.where(divisor == 0, 1.0, divisor))
+    share = tl.where(divisor == 0, 0.0, tl.div_rn(tl.sum(total, 0), tl.where(divisor == 0, 1.0, divisor)))
     tl.store(mass + entry.to(tl.int64) * key_heads + head, share)
 
 

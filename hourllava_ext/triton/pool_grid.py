@@ -17,7 +17,7 @@ def _tap(cell, side, grid):
     # Centres of cells on the patch axis, in halves of a cell; those before the first centre read the first patch.
     centre = tl.maximum((2 * cell + 1) * side - grid, 0)
     low = tl.minimum(centre // (2 * grid), side - 1)
-    weight = tl.cast(centre - low * 2 * grid, tl.float32) / tl.cast(2 * grid, tl.float32)
+    weight = tl.div_rn(tl.cast(centre - low * 2 * grid, tl.float32), tl.cast(2 * grid, tl.float32))
     return low, tl.minimum(low + 1, side - 1), weight
 
 

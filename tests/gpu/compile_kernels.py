@@ -6,6 +6,7 @@ A process of its own, since kernels are compiled or interpreted from their defin
 """
 
 import json
+import re
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -27,10 +28,12 @@ def compile_instead_of_launching(target: GPUTarget) -> None:
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         compiled = launch(self, *args, grid=grid, warmup=True, **options)
-        tensor_cores = "wgmma" in compiled.asm.get("ptx", "") or "mfma" in compiled.asm.get("amdgcn", "")
+        ptx = compiled.asm.get("ptx", "")
+        tensor_cores = "wgmma" in ptx or "mfma" in compiled.asm.get("amdgcn", "")
+        rough = re.search(r"\b(div\.(full|approx)|rcp\.approx|r?sqrt\.approx)\S*", ptx)
         binary = compiled.asm["cubin" if target.backend == "cuda" else "hsaco"]
         facts = {"kernel": self._fn_name, "shared": compiled.metadata.shared, "bytes": len(binary)}
-        print(json.dumps(facts | {"tensor_cores": tensor_cores}), flush=True)
+        print(json.dumps(facts | {"tensor_cores": tensor_cores, "rough": rough and rough[0]}), flush=True)
 
     JITFunction.run = compile_only
     driver.set_active(

@@ -51,3 +51,16 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
     yield where
     if library is not None:
         library._destroy()
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """What a kernel did to the GPU that CUDA does not forgive fails this test alone: xdist replaces a lost process."""
+    yield
+    if not ON_GPU or not hasattr(item.config, "workerinput"):
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        os.write(2, f"the GPU is lost to this process: {str(error).splitlines()[0]}\n".encode())
+        os._exit(1)

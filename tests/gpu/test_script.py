@@ -12,13 +12,15 @@ SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks/gpu.sh"
 # Says yes to every question, and takes every step by printing it; those that name what it is told fail.
 MOCK = """#!/usr/bin/env bash
 [[ $1 == -c ]] && exit 0
-echo "step: $*"
+echo "step: $* cuda=$HOURLLAVA_EXT_CUDA"
 [[ -z "{fails}" || "$*" != *"{fails}"* ]]
 """
 
 
-def run(python: str, *arguments: str, tools: Path = Path()) -> subprocess.CompletedProcess:
-    settings = ["env", f"PYTHON={python}", "CUDA_VISIBLE_DEVICES=", "bash", "-c", 'PATH=$0:$PATH exec bash "$@"']
+def run(python: str, *arguments: str, tools: Path = Path(), seconds: int = 0) -> subprocess.CompletedProcess:
+    """The script, `seconds` after its start."""
+    given = [f"PYTHON={python}", "CUDA_VISIBLE_DEVICES=", f"SECONDS={seconds}"]
+    settings = ["env", *given, "bash", "-c", 'PATH=$0:$PATH exec bash "$@"']
     command = [*settings, str(tools), str(SCRIPT), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
@@ -51,11 +53,31 @@ def test_steps(tmp_path: Path) -> None:
         summary = (tmp_path / "results/summary.txt").read_text()
         assert summary in done.stdout
         results = {line.split()[0]: line for line in summary.splitlines()[2:]}
-        assert {"carried", "build", "tests", "decoder", "sanitizer", "hour", "operators"} <= set(results)
+        assert {"carried", "build", "tests", "decoder", "sanitizer", "races", "hour", "operators"} <= set(results)
         assert results["operators"].endswith("  ok" if not fails else "failed (1)")
         assert results["tests"].endswith("  ok")
         assert results["sanitizer"].endswith("  ok")
         assert "tests/gpu" in (tmp_path / "results/tests.log").read_text()
+        # Kernels that came along are not lost to a build without them.
+        kept = "there is no nvcc here" in results["build"]
+        assert kept or "cuda=1" in (tmp_path / "results/build.log").read_text()
+
+
+def test_it_ends_within_ten_minutes(tmp_path: Path) -> None:
+    """A step gets what is left of them at most; behind that it is left out, and the summary is written."""
+    write_program(tmp_path / "python", MOCK.format(fails=""))
+    write_program(tmp_path / "compute-sanitizer", "#!/usr/bin/env bash\n")
+    whole = run(str(tmp_path / "python"), str(tmp_path / "results"), tools=tmp_path)
+    limits = {name: int(limit) for name, limit in re.findall(r"== (\w+): at most (\d+) s", whole.stdout)}
+    kill_after = 10
+    assert sum(limits[name] + kill_after for name in limits if name not in ("hour", "operators")) < 560
+    assert limits["operators"] + kill_after < 600
+    late = run(str(tmp_path / "python"), str(tmp_path / "late"), tools=tmp_path, seconds=500)
+    assert {int(limit) for limit in re.findall(r"== tests: at most (\d+) s", late.stdout)} <= set(range(60, 76))
+    over = run(str(tmp_path / "python"), str(tmp_path / "over"), tools=tmp_path, seconds=590)
+    assert over.returncode == 1
+    assert "step:" not in over.stdout
+    assert "no time is left" in (tmp_path / "over/summary.txt").read_text()
 
 
 def test_what_cannot_work_here_is_left_out(tmp_path: Path) -> None:
@@ -83,9 +105,9 @@ def pytest(*arguments: str, settings: tuple[str, ...] = ()) -> subprocess.Comple
 def test_memory_is_checked_in_a_case_of_every_operator() -> None:
     """The sanitizer's step selects tests by name: as many as one of each operator, and not none."""
     text = SCRIPT.read_text()
-    (chosen,) = re.findall(r'-k "(library .*)"', text)
+    (chosen,) = re.findall(r'small="(library .*)"', text)
     files = ["tests/gpu/test_kernels.py", "tests/gpu/test_attention.py"]
-    assert " ".join(files) in text
+    assert " ".join([*files, '-k "$small"']) in text
     listed = pytest("--collect-only", *files, "-k", chosen.replace("library", "triton")).stdout
     names = re.findall(r"::test_(\w+)\[", listed)
     operators = {name.rstrip("_") for name in hourllava_ext.__all__} - {"paged_attention"}
@@ -94,12 +116,11 @@ def test_memory_is_checked_in_a_case_of_every_operator() -> None:
     assert len(names) <= 2 * len(operators)
 
 
-def test_steps_name_what_is_there_and_fit_into_ten_minutes() -> None:
+def test_steps_name_what_is_there() -> None:
     text = SCRIPT.read_text()
     paths = re.findall(r"(?:tests|benchmarks)/\w+/test_\w+\.py|benchmarks/ops/\w+\.py", text)
     assert len(paths) > 5
     assert [path for path in paths if not (SCRIPT.parents[1] / path).is_file()] == []
-    assert sum(int(seconds) for seconds in re.findall(r"\bstep \w+ (\d+) ", text)) < 600
 
 
 def test_a_gpu_job_fails_where_it_would_skip() -> None:

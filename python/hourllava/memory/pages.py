@@ -2,7 +2,7 @@
 """Where a video's keys and values lie: pages of 128 rows, visual tokens and newlines each filling their own."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TypeVar
 
 import torch
@@ -20,6 +20,10 @@ class MemoryPages:
     key_summary: Tensor  # (P, Hkv, 3, D) float32
     page_lengths: Tensor  # (P,) int32: rows in use
     page_table: Tensor  # (B, pages) int32, -1 where a sample has no more pages
+
+    def to(self, device: torch.device) -> "MemoryPages":
+        """The same on another device."""
+        return MemoryPages(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ def _prefill(
     final = interleave(is_image, ~is_image, lengths)
     limit = model.config.text_config.max_position_embeddings
     check_length("question", final.lengths[0] + options.max_new_tokens, lengths[0], limit)
-    visual, mass, page_mass = kept.tokens, tokens.new_zeros(memory.frames, dtype=torch.float32), None
+    visual, mass, page_mass = kept.tokens, torch.zeros(memory.frames), None
     if options.memaug:
         span = [frames * (per_frame + 1)]
         rows, stream = query_stream(is_image, query_mask[None], kept.position_ids, lengths, span)
@@ -196,10 +196,11 @@ def _evidence_rows(rows: Interleaved, question_mask: Tensor, dtype: torch.dtype)
 
 
 def _pages(model: "HourLlavaForConditionalGeneration", memory: MemoryPrefix, tokens: Tensor) -> list[MemoryPages]:
-    """The memory's own pages; for a video shorter than the model remembers, pages of its repeated frames."""
-    if len(tokens) == memory.frames:
-        return memory.pages
+    """The memory's own pages, which a file gives on the CPU, where the model is; for a video shorter than the model
+    remembers, pages of its repeated frames."""
     newline = model.model.image_newline.expand(len(tokens), -1)
+    if len(tokens) == memory.frames:
+        return [pages.to(newline.device) for pages in memory.pages]
     layout = video_layout(len(tokens), memory.tokens.shape[1], newline.device)
     rows = torch.cat([tokens.flatten(0, 1).to(newline.device), newline])
     return model.model.vision_resampler.write(rows, layout)
