@@ -142,7 +142,7 @@ def watch_and_ask(model: Any, pictures: Tensor, folder: Path) -> list[Any]:
     answers = [ask(memory, **some) for some in [*options, {"spatial_forgetting": "random"}]]
     answers.append(ask(model.watch(pictures[:3], progress=False)))
     memory.save(folder / "pictures.memory")
-    answers.append(ask(VideoMemory.load(folder / "pictures.memory")))
+    answers += [ask(VideoMemory.load(folder / "pictures.memory", device)) for device in ("cpu", model.device)]
     writer, repository = FrameWriter(model), Repository(folder / "videos")
     repository.add("pictures", writer, pages=True).append(pictures)
     answers.append(ask(repository.open("pictures")))

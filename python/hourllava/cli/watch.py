@@ -135,7 +135,7 @@ def take_in(
 
     began = time.perf_counter()
     if isinstance(source, Path) and is_memory_file(source):
-        memory = VideoMemory.load(source)
+        memory = VideoMemory.load(source, model.device)
         model.attach(memory)
         return memory, {"load": time.perf_counter() - began}
     if isinstance(source, Path) and is_kept(source):

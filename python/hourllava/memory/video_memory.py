@@ -295,13 +295,18 @@ class VideoMemory:
         write_memory_file(path, tensors, notes)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "VideoMemory":
-        """Read a saved memory, on the CPU and attached to no model; asking needs no more, appending `model.attach`.
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> "VideoMemory":
+        """Read a saved memory, attached to no model; asking needs no more, appending `model.attach`.
+
+        Args:
+            path: the file.
+            device: the model's, or each question brings all of its pages there.
 
         Raises:
             MemoryFileError: the file is missing, damaged, or not a memory.
         """
-        tensors, notes = read_memory_file(path)
+        found, notes = read_memory_file(path)
+        tensors = {name: tensor.to(device) for name, tensor in found.items()}
         keys = tensors["blocks.0.key_pages"]
         tokens = tensors["tokens"]
         blocks = sum(name.endswith("key_pages") for name in tensors)
