@@ -14,6 +14,7 @@ from PIL import Image
 from servers import PATIENCE, Client, Scripted, until
 
 from hourllava.errors import MemoryFileError, SourceSizeError
+from hourllava.serve.sources import SourcePolicy
 
 FILM = {
     "object": "memory",
@@ -86,6 +87,18 @@ def test_a_file_that_is_too_large(client: Client, scene: Scripted) -> None:
     reply = client.ask("PUT", "/v1/memories/new", b"film")
     assert (reply.status, reply.error["code"]) == (413, "too_large")
     assert (scene.library.aborted, scene.library.uploads) == (["new"], {})
+
+
+def test_a_file_that_is_too_large_is_not_even_sent(client: Client, scene: Scripted) -> None:
+    scene.service.policy = SourcePolicy(max_bytes=1000)
+    with socket.create_connection(client.address, PATIENCE) as connection:
+        head = (
+            b"PUT /v1/memories/new HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\ncontent-length: 1001\r\n\r\n"
+        )
+        connection.sendall(head)
+        assert connection.recv(10000).startswith(b"HTTP/1.1 413 ")
+    assert client.ask("PUT", "/v1/memories/new", b"x" * 1000).status == 202
+    assert scene.library.aborted == []
 
 
 def test_a_file_that_breaks_off_leaves_nothing(client: Client, scene: Scripted) -> None:

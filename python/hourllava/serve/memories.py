@@ -16,6 +16,7 @@ from PIL import Image
 from hourllava.video import stills
 
 from .answering import Service, check_memory_name
+from .files import too_large
 from .problems import ApiError
 from .schemas import MemoryRequest
 
@@ -63,6 +64,9 @@ def memory_routes(service: Service) -> APIRouter:
     async def upload(name: str, request: Request) -> dict[str, Any]:
         """Send a video's file as the body, and begin to watch it."""
         check_memory_name(name, "name")
+        size, most = request.headers.get("content-length", ""), service.policy.max_bytes
+        if size.isdecimal() and int(size) > most:
+            raise too_large(name, int(size), most)  # before it is sent: curl and others wait for a word
         await _receive(service, name, request)
         return await status_of(name)
 
