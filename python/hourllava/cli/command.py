@@ -19,6 +19,7 @@ from hourllava.cli.evaluate import add_evaluate
 from hourllava.cli.memory import add_memory
 from hourllava.cli.numbers import positive
 from hourllava.cli.plan import add_plan
+from hourllava.cli.serve import add_serve
 from hourllava.cli.shards import add_shards
 from hourllava.errors import HourLlavaError
 
@@ -70,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_ask(commands)
     _add_watch(commands)
+    add_serve(commands)
     add_memory(commands)
     add_embed(commands)
     add_shards(commands)
