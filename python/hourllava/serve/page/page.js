@@ -188,8 +188,8 @@ function showStatus(row, { name, source, state, frames, expected, damage, error 
   const length = clock(frames, true);
   const words = {
     waiting: "waits to be watched",
-    watching: expected ? `watched ${length} of ${clock(expected, true)}` : `watched ${length}`,
-    following: `following, ${length} so far`,
+    watching: expected ? `${length} of ${clock(expected, true)}` : `${length} so far`,
+    following: `live, ${length} so far`,
     ready: length,
     stopped: `stopped at ${length}`,
     failed: frames ? `failed at ${length}` : "failed",
@@ -284,6 +284,7 @@ async function showStillsInstead() {
   if (name === null || byId("player").hidden) return;
   const second = byId("player").currentTime;
   byId("player").hidden = true;
+  byId("still").hidden = false;
   let why = "This browser cannot play the video's file; here are stills.";
   try {
     await call("video", { name, signal: control.signal });
@@ -297,14 +298,14 @@ async function showStillsInstead() {
 }
 
 function seek(second) {
-  if (!byId("player").hidden) {
-    byId("player").currentTime = second;
-    return;
-  }
-  byId("stage-error").textContent = "";
-  byId("still").alt = `The video at ${clock(second)}`;
-  showPicture(byId("still"), byId("stage-error"), second, 960);
   showPosition(second);
+  if (byId("player").hidden) {
+    byId("stage-error").textContent = "";
+    byId("still").alt = `The video at ${clock(second)}`;
+    showPicture(byId("still"), byId("stage-error"), second, 960);
+  } else {
+    byId("player").currentTime = second;
+  }
 }
 
 /** Loads a still; where there is none, `errors` says why. */
