@@ -189,7 +189,7 @@ function showStatus(row, { name, source, state, frames, expected, damage, error 
   const words = {
     waiting: "waits to be watched",
     watching: expected ? `${length} of ${clock(expected, true)}` : `${length} so far`,
-    following: `live, ${length} so far`,
+    following: `live, ${length}`,
     ready: length,
     stopped: `stopped at ${length}`,
     failed: frames ? `failed at ${length}` : "failed",
@@ -259,6 +259,8 @@ async function showNew(response) {
 
 // The chosen video
 
+let withoutVideo = ""; // why only stills are shown
+
 function choose(name) {
   if (name === chosen) return;
   startAnew();
@@ -273,7 +275,7 @@ function choose(name) {
 }
 
 function openPlayer() {
-  byId("stage-note").textContent = byId("stage-error").textContent = "";
+  byId("stage-note").textContent = withoutVideo = "";
   byId("player").hidden = false;
   byId("still").hidden = true;
   byId("player").src = chosen === null ? "" : address("video", chosen);
@@ -293,16 +295,16 @@ async function showStillsInstead() {
     why = error.message;
   }
   if (name !== chosen) return;
-  byId("stage-note").textContent = why;
+  withoutVideo = why;
   seek(second);
 }
 
 function seek(second) {
   showPosition(second);
   if (byId("player").hidden) {
-    byId("stage-error").textContent = "";
+    byId("stage-note").textContent = withoutVideo;
     byId("still").alt = `The video at ${clock(second)}`;
-    showPicture(byId("still"), byId("stage-error"), second, 960);
+    showPicture(byId("still"), byId("stage-note"), second, 960);
   } else {
     byId("player").currentTime = second;
   }
