@@ -6,8 +6,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from servers import Client, scripted_service, serving
 
 import hourllava
+from hourllava.serve.app import create_app
 
 PAGE = Path(hourllava.__file__).parent / "serve" / "page"
 MARKUP, STYLE, SCRIPT = ((PAGE / name).read_text() for name in ("index.html", "page.css", "page.js"))
@@ -126,3 +128,24 @@ def test_every_request_is_in_the_table_of_routes() -> None:
     # All requests go out in two places, and both take their address from the table.
     assert re.findall(r"\bfetch\(([^;]*);", SCRIPT) == ["address(route, name, query), options)"]
     assert re.findall(r"\.open\(([^;]*);", SCRIPT) == ['ROUTES.upload.split(" ")[0], address("upload", name))']
+
+
+def test_routes_are_the_server_s() -> None:
+    served = {
+        (method.upper(), path)
+        for path, methods in create_app(scripted_service()).openapi()["paths"].items()
+        for method in methods
+    }
+    assert served
+    assert set(routes_asked().values()) <= served
+
+
+def test_server_serves_the_page() -> None:
+    kinds = {"/": "text/html", "/page.css": "text/css", "/page.js": "text/javascript"}
+    texts = {"/": MARKUP, "/page.css": STYLE, "/page.js": SCRIPT}
+    with serving(scripted_service(key="a key that nobody gives")) as address:
+        for path, kind in kinds.items():
+            reply = Client(address).ask("GET", path)
+            assert (reply.status, reply.body.decode()) == (200, texts[path])
+            assert reply.headers["content-type"].startswith(kind)
+            assert "default-src 'self'" in reply.headers["content-security-policy"]

@@ -167,9 +167,9 @@ function newRow(name) {
   const row = copyOf("video-row");
   part(row, "title").textContent = name;
   part(row, "choose").onclick = () => choose(name);
-  part(row, "halt").setAttribute("aria-label", `Stop watching ${name}`);
+  part(row, "halt").ariaLabel = part(row, "halt").title = `Stop watching ${name}`;
   part(row, "halt").onclick = () => act(row, "halt", name);
-  part(row, "remove").setAttribute("aria-label", `Remove ${name}`);
+  part(row, "remove").ariaLabel = part(row, "remove").title = `Remove ${name}`;
   part(row, "remove").onclick = async () => {
     byId("remove-name").textContent = name;
     if (await dialog("remove-dialog")) act(row, "remove", name);
@@ -199,10 +199,10 @@ function showStatus(row, { name, source, state, frames, expected, damage, error 
   part(row, "damage").textContent = damage ?? "";
   part(row, "error").textContent = row.refused || (error ?? "");
   choice.title = source ?? "";
-  choice.setAttribute("aria-pressed", name === chosen);
+  choice.ariaPressed = name === chosen;
   part(row, "halt").hidden = !isUnfinished({ state }) && state !== "following";
   progress.hidden = !isUnfinished({ state });
-  progress.setAttribute("aria-label", `How much of ${name} has been watched`);
+  progress.ariaLabel = `How much of ${name} has been watched`;
   if (expected) progress.value = frames / expected;
   else progress.removeAttribute("value"); // moves, and tells no share
 }
@@ -218,8 +218,8 @@ async function addFile(file) {
   };
   part(row, "title").textContent = name;
   part(row, "choose").disabled = part(row, "halt").hidden = true;
-  progress.setAttribute("aria-label", `How much of ${name} has been sent`);
-  cancel.setAttribute("aria-label", `Do not send ${name}`);
+  progress.ariaLabel = `How much of ${name} has been sent`;
+  cancel.ariaLabel = cancel.title = `Do not send ${name}`;
   cancel.onclick = () => {
     control.abort();
     row.remove();
@@ -266,7 +266,7 @@ function choose(name) {
   startAnew();
   chosen = name;
   history.replaceState(null, "", name === null ? "#" : `#${new URLSearchParams({ video: name })}`);
-  for (const [other, { row }] of videos) part(row, "choose").setAttribute("aria-pressed", other === name);
+  for (const [other, { row }] of videos) part(row, "choose").ariaPressed = other === name;
   byId("chosen").textContent = name ?? "";
   byId("stage").hidden = name === null;
   openPlayer();
@@ -349,7 +349,7 @@ function newTimeline({ seconds, bins }, moments) {
   const rest = () => (here.textContent = `Attention to each second, at most ${percent(peak)}`);
   line.show = (second) => {
     input.value = second;
-    input.setAttribute("aria-valuetext", words(Number(input.value)));
+    input.ariaValueText = words(Number(input.value));
   };
   input.max = seconds - 1;
   input.oninput = () => {
@@ -385,6 +385,7 @@ function showControls() {
   byId("send").disabled = chosen === null || running !== null;
   byId("stop").disabled = running === null;
   byId("anew").disabled = !asked;
+  byId("along").disabled = turns.length === 0;
   byId("partly").classList.toggle("absent", !isUnfinished(videos.get(chosen)?.status));
 }
 
@@ -397,7 +398,7 @@ function startAnew() {
 }
 
 function requestFor(question) {
-  const said = turns.flatMap((turn) => [
+  const said = (byId("along").checked ? turns : []).flatMap((turn) => [
     { role: "user", content: turn.question },
     { role: "assistant", content: turn.answer },
   ]);
@@ -446,7 +447,7 @@ async function ask(event) {
   const tick = () => (part(turn, "note").textContent = `${doing} · ${seconds()} s`);
   const ticking = setInterval(tick, 100);
   part(turn, "question").textContent = question;
-  turn.setAttribute("aria-busy", "true"); // is read out once it is whole
+  turn.ariaBusy = "true"; // is read out once it is whole
   byId("turns").append(turn);
   byId("question").value = "";
   showControls();
@@ -465,12 +466,12 @@ async function ask(event) {
     if (running === control) turns.push({ question, answer });
     doing = reason === "length" ? "cut off at its greatest length" : "answered";
   } catch (error) {
-    doing = control.signal.aborted ? "stopped; not sent along with the next question" : "failed";
+    doing = control.signal.aborted ? "stopped" : "failed";
     if (!control.signal.aborted) part(turn, "error").textContent = error.message;
   }
   clearInterval(ticking);
   tick();
-  turn.removeAttribute("aria-busy");
+  turn.ariaBusy = null;
   if (running === control) running = null;
   showControls();
 }
@@ -485,7 +486,7 @@ function newCard({ start, share, label }, errors) {
   const card = copyOf("card");
   part(card, "time").textContent = clock(start);
   part(card, "share").textContent = percent(share);
-  part(card, "seek").setAttribute("aria-label", `Show ${label}, ${percent(share)} of attention`);
+  part(card, "seek").ariaLabel = `Show ${label}, ${percent(share)} of attention`;
   part(card, "seek").onclick = () => {
     seek(start);
     byId("stage").scrollIntoView({ block: "nearest" });
