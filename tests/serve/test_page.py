@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from servers import Client, scripted_service, serving
+from servers import scripted
 
 import hourllava
 from hourllava.serve.app import create_app
@@ -133,19 +133,8 @@ def test_every_request_is_in_the_table_of_routes() -> None:
 def test_routes_are_the_server_s() -> None:
     served = {
         (method.upper(), path)
-        for path, methods in create_app(scripted_service()).openapi()["paths"].items()
+        for path, methods in create_app(scripted().service).openapi()["paths"].items()
         for method in methods
     }
     assert served
     assert set(routes_asked().values()) <= served
-
-
-def test_server_serves_the_page() -> None:
-    kinds = {"/": "text/html", "/page.css": "text/css", "/page.js": "text/javascript"}
-    texts = {"/": MARKUP, "/page.css": STYLE, "/page.js": SCRIPT}
-    with serving(scripted_service(key="a key that nobody gives")) as address:
-        for path, kind in kinds.items():
-            reply = Client(address).ask("GET", path)
-            assert (reply.status, reply.body.decode()) == (200, texts[path])
-            assert reply.headers["content-type"].startswith(kind)
-            assert "default-src 'self'" in reply.headers["content-security-policy"]
