@@ -482,16 +482,16 @@ function showEvidence(turn, { moments, curve }) {
   turn.scrollIntoView({ block: "nearest" });
 }
 
-function newCard({ start, share, label }, errors) {
-  const card = copyOf("card");
-  part(card, "time").textContent = clock(start);
+function newCard({ start, end, share, label }, errors) {
+  const [card, second] = [copyOf("card"), Math.floor((start + end) / 2)]; // at its edges there may be little to see
+  part(card, "time").textContent = clock(second);
   part(card, "share").textContent = percent(share);
   part(card, "seek").ariaLabel = `Show ${label}, ${percent(share)} of attention`;
   part(card, "seek").onclick = () => {
-    seek(start);
+    seek(second);
     byId("stage").scrollIntoView({ block: "nearest" });
   };
-  showPicture(part(card, "picture"), errors, start, 320);
+  showPicture(part(card, "picture"), errors, second, 320);
   return card;
 }
 
