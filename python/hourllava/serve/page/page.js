@@ -132,9 +132,9 @@ async function refresh() {
     byId("library-error").textContent = "";
     showVideos(data);
   } catch (error) {
-    const unknown = error.status === 401;
-    byId("library-error").textContent = unknown ? `${error.message} Reload the page to give a key.` : error.message;
-    if (unknown) return;
+    const refused = error.status === 401;
+    byId("library-error").textContent = refused ? `${error.message} Reload the page to give a key.` : error.message;
+    if (refused) return; // or the dialog would come back every few seconds
   }
   const moving = [...videos.values()].some(({ status }) => isUnfinished(status) || status.state === "following");
   timer = setTimeout(refresh, moving ? 1000 : 5000);
