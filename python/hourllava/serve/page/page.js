@@ -523,7 +523,6 @@ byId("player").onerror = showStillsInstead;
 byId("player").ontimeupdate = byId("player").onseeking = () => showPosition(byId("player").currentTime);
 
 setCookie();
-showControls();
 refresh();
 call("models")
   .then((response) => response.json())
