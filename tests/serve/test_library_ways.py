@@ -156,6 +156,22 @@ def test_an_upload(model: HourLlavaForConditionalGeneration, film: Path, wanted:
         assert films_in(tmp_path) == set()
 
 
+def test_an_upload_that_is_no_video_says_so_when_it_is_asked(
+    model: HourLlavaForConditionalGeneration, film: Path, tmp_path: Path
+) -> None:
+    with library(model, tmp_path) as held:
+        sent = held.upload("film")
+        sent.write(b"no video" * 100)
+        sent.commit()
+        with pytest.raises(VideoError, match="is not a video that FFmpeg can read"):
+            held.wait("film", DEADLINE)
+        with pytest.raises(VideoError, match="is not a video that FFmpeg can read"):
+            held.ensure(None, "film")
+        upload(held, "film", film)  # the name is free
+        assert held.ensure(None, "film") == "film"
+        assert held.wait("film", DEADLINE)
+
+
 def test_what_a_crash_left_is_removed(
     model: HourLlavaForConditionalGeneration, film: Path, tmp_path: Path, gate: Gate
 ) -> None:

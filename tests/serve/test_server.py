@@ -19,6 +19,7 @@ import torch
 from clips import board, number_on, write_clip
 from PIL import Image
 from servers import PATIENCE, Client, about, until
+from websockets.exceptions import ConnectionClosedOK
 from websockets.sync.client import connect
 
 from hourllava.memory import Repository, verify
@@ -236,6 +237,8 @@ def test_frames_over_a_websocket(served: Served) -> None:
         assert "".join(event["delta"] for event in events[:-1]) == events[-1]["text"]
         assert all(0 <= moment["start"] < moment["end"] <= 5 for moment in events[-1]["moments"])
         socket.send(json.dumps({"type": "video.done"}))
+        with pytest.raises(ConnectionClosedOK):  # by the server, which has done all of it then
+            socket.recv(PATIENCE)
     status = Client(served.address).ask("GET", "/v1/memories/door", headers=headers).json()
     assert (status["state"], status["frames"]) == ("ready", 5)
     repository = Repository(served.folder / "memories")

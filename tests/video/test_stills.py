@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Single pictures of a video are those that reading all of it gives, whatever is decoded for them."""
 
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import from_numpy
 from hourllava.errors import VideoError
 from hourllava.video import open_video, stills
 from hourllava.video.decoder import Decoder
+from hourllava.video.plan import make_plan
 
 SECONDS = 40
 BOX = (SIDE, SIDE)
@@ -84,3 +86,23 @@ def test_errors(tmp_path: Path) -> None:
         stills(path, [3, 40], BOX)
     with pytest.raises(VideoError, match="there is no such file"):
         stills(tmp_path / "nothing.mp4", [0], BOX)
+
+
+def test_a_file_is_read_anew_when_it_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, planned = write_film(tmp_path / "film.mp4"), []
+    make = make_plan
+
+    def counted(path):
+        planned.append(path)
+        return make(path)
+
+    monkeypatch.setattr(sys.modules["hourllava.video.stills"], "make_plan", counted)
+    for second in (3, 9, 3):
+        assert np.array_equal(stills(path, [second], BOX)[0], every_second(path)[second])
+    assert planned == [str(path)]
+    write_clip(path, range(500, 560), Fraction(1, 10))
+    assert np.array_equal(stills(path, [3], BOX)[0], every_second(path)[3])
+    assert planned == [str(path)] * 2
+    path.unlink()
+    with pytest.raises(VideoError, match="no such file"):
+        stills(path, [3], BOX)

@@ -45,7 +45,11 @@ def create_app(service: Service) -> FastAPI:
         await run_sync(service.library.close)
 
     app = FastAPI(
-        title="Hour-LLaVA", description="Questions about hour-long videos.", lifespan=lifespan, redoc_url=None
+        title="Hour-LLaVA",
+        description="Questions about hour-long videos.",
+        lifespan=lifespan,
+        docs_url=None,  # FastAPI's own pages load scripts from elsewhere, which would run beside the key
+        redoc_url=None,
     )
     app.add_middleware(Guard, service=service)
     for kind in (ApiError, RequestValidationError, HTTPException, HourLlavaError):
@@ -63,7 +67,7 @@ async def _tell(request: Request, error: Exception) -> JSONResponse:
     problem = problem_of(error)
     assert problem is not None
     if isinstance(error, HTTPException) and error.status_code in (404, 405):
-        problem.message = f"{request.method} {request.url.path} is not served here; GET /docs shows what is"
+        problem.message = f"{request.method} {request.url.path} is not served here; GET /openapi.json lists what is"
     response = problem.response()
     response.headers.update(getattr(error, "headers", None) or {})
     return response

@@ -13,7 +13,7 @@ from hourllava.memory.repository import check_name
 from hourllava.model import FrameWriter
 from hourllava.serve.files import PartialFile
 from hourllava.serve.jobs import Job, LiveMemory, Status, Upload
-from hourllava.serve.shelf import Shelf
+from hourllava.serve.shelf import Shelf, unknown
 from hourllava.serve.sources import Source, SourcePolicy, identify, identify_stream, same_source
 from hourllava.serve.watchers import Watchers
 from hourllava.video import LiveReader
@@ -76,6 +76,7 @@ class Library:
             SourceError: the source is of no known kind, or not allowed.
             SourceConflictError: the name stands for a video of another source.
             UnknownMemoryError: no source is given, and there is no such video.
+            Exception: no source is given, and what the video failed with before its first second.
             MemoryFileError: the name is no name for a folder, or the disk is full.
             BusyError: too many videos wait to be watched.
         """
@@ -88,7 +89,9 @@ class Library:
             assert asked is not None
             name = asked.name()
         with self._lock:
-            video = self._shelf.find(name) if asked else self._shelf.video(name)
+            video = self._shelf.find(name)
+            if video is None and asked is None:
+                raise self._why_not(name)
             if video is not None and asked is not None and not same_source(video.source, asked):
                 raise _conflict(name, "it stands for another video")
             job = self._jobs.get(name)
@@ -304,6 +307,13 @@ class Library:
         for name in gone[: len(gone) - FAILURES_TOLD]:
             del self._jobs[name]
         self._shelf.begin(job)
+
+    def _why_not(self, name: str) -> Exception:
+        """Why there is no video of that name: it failed before its first second, or never was."""
+        job = self._jobs.get(name)
+        if job is not None and job.error is not None:
+            return job.error.with_traceback(None)
+        return unknown(name)
 
     def _source_again(self, recorded: str) -> Source | None:
         """The source of a video that was begun, if it can be had once more."""

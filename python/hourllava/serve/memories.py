@@ -113,7 +113,7 @@ def _add_pictures(routes: APIRouter, service: Service) -> None:
 async def _film(service: Service, name: str) -> Path:
     film = await run_sync(service.library.film, name)
     if film is None:
-        raise ApiError(404, f"{name}: its video file is not here any more", code="not_found")
+        raise ApiError(404, f"{name}: there is no video file of it here", code="not_found")
     return film
 
 

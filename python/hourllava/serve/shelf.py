@@ -64,7 +64,7 @@ class Shelf:
         """Raises UnknownMemoryError if there is none of that name."""
         video = self.find(name)
         if video is None:
-            raise UnknownMemoryError(name, "there is no such memory", "name its video, too, or upload it first")
+            raise unknown(name)
         return video
 
     def unfinished(self, name: str) -> bool:
@@ -165,6 +165,11 @@ class Shelf:
         for path in self._films.iterdir():
             if path.name.startswith(PARTIAL) or path.name not in known:
                 _remove(path)
+
+
+def unknown(name: str) -> UnknownMemoryError:
+    """The error of a name that no video has."""
+    return UnknownMemoryError(name, "there is no such memory", "name its video, too, or upload it first")
 
 
 def _key(name: str) -> str:

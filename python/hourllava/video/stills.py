@@ -3,6 +3,7 @@
 
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import groupby
 
 import numpy as np
@@ -30,7 +31,7 @@ def stills(path: str | os.PathLike[str], seconds: Sequence[int], box: tuple[int,
     Raises:
         VideoError: the file cannot be read, or ends before one of the seconds.
     """
-    plan = make_plan(path)
+    plan = _plan_of(path)
     last = max(seconds, default=0)
     if last >= len(plan.targets):
         why = f"it ends at {clock(len(plan.targets))} and has no picture for {clock(last)}"
@@ -47,6 +48,24 @@ def stills(path: str | os.PathLike[str], seconds: Sequence[int], box: tuple[int,
             raise VideoError(path, "not one picture could be decoded", "check that it plays, or convert it to MP4")
         found |= pictures
     return [found[second] for second in seconds]
+
+
+def _plan_of(path: str | os.PathLike[str]) -> Plan:
+    """A file's plan, which takes reading all of its index; that of the last few files is kept while they stay the same.
+
+    Raises:
+        VideoError: it cannot be read.
+    """
+    try:
+        status = os.stat(path)
+    except OSError:
+        return make_plan(path)  # which says what is wrong with it
+    return _kept_plan(os.path.abspath(path), status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=8)
+def _kept_plan(path: str, size: int, changed: int) -> Plan:
+    return make_plan(path)
 
 
 def _cut_before(plan: Plan, second: int) -> int | None:
