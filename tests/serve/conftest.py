@@ -1,14 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
+from clips import write_clip
+from libraries import SECONDS, Gate, gated, kept_content
 from servers import Client, Scripted, scripted, serving
+from tiny_model import make_model
+from torch import Tensor
 
-from hourllava.model import Prepared
+from hourllava.model import HourLlavaForConditionalGeneration, Prepared
 from hourllava.serve.answering import Service
 
 MASS = torch.tensor([0.0, 0.0, 0.5, 0.25, 0.0, 0.0, 0.0, 0.25] + [0.0] * 52)
+
+
+@pytest.fixture(scope="module")
+def model() -> HourLlavaForConditionalGeneration:
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In a format that can be followed, too."""
+    return write_clip(tmp_path_factory.mktemp("films") / "film.ts", range(SECONDS), Fraction(1), options={"g": "5"})
+
+
+@pytest.fixture(scope="module")
+def wanted(
+    model: HourLlavaForConditionalGeneration, film: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[Tensor]:
+    """What a memory of the film holds."""
+    return kept_content(model, film, tmp_path_factory.mktemp("wanted"))
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    with gated() as gate:
+        yield gate
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from memories import make_frames
-from tiny_model import make_model
 
 from hourllava import VideoMemory
 from hourllava.errors import BusyError, QuestionError
@@ -42,11 +41,6 @@ class Listener:
     def last(self) -> Event:
         assert self.done.wait(DEADLINE)
         return self.events[-1]
-
-
-@pytest.fixture(scope="module")
-def model() -> HourLlavaForConditionalGeneration:
-    return make_model()
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@
 import logging
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -21,14 +20,11 @@ from libraries import (
     assert_same,
     data_url,
     films_in,
-    gated,
     held_content,
-    kept_content,
     library,
     until,
     upload,
 )
-from tiny_model import make_model
 from torch import Tensor
 
 from hourllava.errors import (
@@ -48,26 +44,8 @@ from hourllava.video import VideoReader
 
 
 @pytest.fixture(scope="module")
-def model() -> HourLlavaForConditionalGeneration:
-    return make_model()
-
-
-@pytest.fixture(scope="module")
 def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_clip(tmp_path_factory.mktemp("films") / "film.mp4", range(SECONDS), Fraction(1))
-
-
-@pytest.fixture(scope="module")
-def wanted(
-    model: HourLlavaForConditionalGeneration, film: Path, tmp_path_factory: pytest.TempPathFactory
-) -> list[Tensor]:
-    return kept_content(model, film, tmp_path_factory.mktemp("wanted"))
-
-
-@pytest.fixture
-def gate() -> Iterator[Gate]:
-    with gated() as gate:
-        yield gate
 
 
 def test_a_file_is_watched_and_asked(

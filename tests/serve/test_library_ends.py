@@ -3,12 +3,9 @@
 
 import os
 import threading
-from collections.abc import Iterator
-from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from clips import write_clip
 from libraries import (
     BATCH,
     CHUNK,
@@ -17,34 +14,15 @@ from libraries import (
     Gate,
     data_url,
     films_in,
-    gated,
     held_content,
     library,
     until,
     upload,
 )
-from tiny_model import make_model
 
 from hourllava.errors import BusyError, UnknownMemoryError
 from hourllava.memory import Repository
 from hourllava.model import HourLlavaForConditionalGeneration
-
-
-@pytest.fixture(scope="module")
-def model() -> HourLlavaForConditionalGeneration:
-    return make_model()
-
-
-@pytest.fixture(scope="module")
-def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In a format that can be followed, too."""
-    return write_clip(tmp_path_factory.mktemp("films") / "film.ts", range(SECONDS), Fraction(1), options={"g": "5"})
-
-
-@pytest.fixture
-def gate() -> Iterator[Gate]:
-    with gated() as gate:
-        yield gate
 
 
 @pytest.mark.parametrize("way", ["stop", "delete"])

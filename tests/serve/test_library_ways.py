@@ -4,8 +4,6 @@
 import base64
 import io
 import threading
-from collections.abc import Iterator
-from fractions import Fraction
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from cameras import Camera, Http, serving
-from clips import board, write_clip
+from clips import board
 from libraries import (
     BATCH,
     CHUNK,
@@ -23,16 +21,13 @@ from libraries import (
     assert_same,
     data_url,
     films_in,
-    gated,
     held_content,
-    kept_content,
     library,
     until,
     upload,
 )
 from memories import full_disk
 from PIL import Image
-from tiny_model import make_model
 from torch import Tensor
 
 from hourllava.errors import (
@@ -48,30 +43,6 @@ from hourllava.errors import (
 from hourllava.memory import Repository
 from hourllava.model import HourLlavaForConditionalGeneration
 from hourllava.video import open_video
-
-
-@pytest.fixture(scope="module")
-def model() -> HourLlavaForConditionalGeneration:
-    return make_model()
-
-
-@pytest.fixture(scope="module")
-def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In a format that can be followed, too."""
-    return write_clip(tmp_path_factory.mktemp("films") / "film.ts", range(SECONDS), Fraction(1), options={"g": "5"})
-
-
-@pytest.fixture(scope="module")
-def wanted(
-    model: HourLlavaForConditionalGeneration, film: Path, tmp_path_factory: pytest.TempPathFactory
-) -> list[Tensor]:
-    return kept_content(model, film, tmp_path_factory.mktemp("wanted"))
-
-
-@pytest.fixture
-def gate() -> Iterator[Gate]:
-    with gated() as gate:
-        yield gate
 
 
 def frames_of(model: HourLlavaForConditionalGeneration, film: Path) -> Tensor:
