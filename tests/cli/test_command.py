@@ -10,6 +10,7 @@ import pytest
 import torch
 from clips import CLIP_SECONDS, SIDE, board, cut, damage, write_tone
 
+import hourllava.cli.doctor
 from hourllava.cli import main
 from hourllava.video import write_video
 
@@ -222,12 +223,18 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
         "flash-attn",
         "nvcc",
         "CUDA device",
+        "ok      serving           fastapi",
+        "ok      benchmarks        pyarrow",
     ):
         assert word in out
     assert "the core works" in out
     monkeypatch.setitem(sys.modules, "hourllava_ext", None)  # as if it had not been compiled
+    found = hourllava.cli.doctor._version
+    monkeypatch.setattr("hourllava.cli.doctor._version", lambda name: None if name == "uvicorn" else found(name))
     assert main(["doctor"]) == 1
-    assert "MISSING hourllava_ext" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "MISSING hourllava_ext" in out
+    assert "no      serving           get it: pip install hourllava[serve]" in out
 
 
 def test_doctor_tells_what_a_gpu_would_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

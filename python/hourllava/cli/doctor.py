@@ -6,10 +6,13 @@ import platform
 import shutil
 import subprocess
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
+
+from packaging.requirements import Requirement
 
 REINSTALL = "pip install --no-build-isolation . in the repository"
 DEVICES = ("CPU", "CUDA")
+EXTRAS = {"serve": "serving", "train": "training", "evaluate": "benchmarks"}  # and what they are for
 OLDEST_GPU = (8, 0)  # NVIDIA's compute capability that the kernels are compiled for
 
 
@@ -141,10 +144,23 @@ def _optional() -> list[Finding]:
     }
     packages = [Finding(name, _version(package), todo, needed=False) for name, (package, todo) in wanted.items()]
     return [
+        *(_extra(name, use) for name, use in EXTRAS.items()),
         *packages,
         Finding("nvcc", release, "the CUDA toolkit from developer.nvidia.com (compiles CUDA kernels)", needed=False),
         _cuda_device(),
     ]
+
+
+def _extra(name: str, use: str) -> Finding:
+    """Whether every package of an extra of ours is there."""
+    try:
+        ours = [Requirement(line) for line in requires("hourllava") or []]
+    except PackageNotFoundError:
+        ours = []
+    needs = [need.name for need in ours if need.marker and need.marker.evaluate({"extra": name})]
+    versions = [_version(package) for package in needs]
+    there = ", ".join(f"{package} {version}" for package, version in zip(needs, versions, strict=True))
+    return Finding(use, there if needs and all(versions) else None, f"pip install hourllava[{name}]", needed=False)
 
 
 def _cuda_device() -> Finding:
