@@ -10,8 +10,11 @@ import av
 import pytest
 import torch
 from clips import SIDE, damage, number_on, write_clip
+from tiny_model import make_model
 
 import hourllava.video.runs as runs_module
+from hourllava.memory import VideoMemory
+from hourllava.model import watching
 from hourllava.video import open_video
 from hourllava.video.plan import make_plan
 
@@ -24,6 +27,10 @@ def _threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+def decode_threads() -> bool:
+    return any(thread.name.startswith("decode") for thread in threading.enumerate())
 
 
 def everything(path: Path, segment: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, object]:
@@ -93,6 +100,31 @@ def test_a_reader_that_is_left_leaves_no_thread(tmp_path: Path, monkeypatch: pyt
     torch.set_num_threads(3)
     chunks = open_video(clip).chunks(SIDE, chunk=2)
     next(chunks)
-    assert any(thread.name.startswith("decode") for thread in threading.enumerate())
+    assert decode_threads()
     chunks.close()
-    assert not any(thread.name.startswith("decode") for thread in threading.enumerate())
+    assert not decode_threads()
+
+
+def test_a_watching_that_fails_leaves_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even while its error, which holds the calls that it came from, is kept."""
+    clip = write_clip(tmp_path / "clip.mp4", list(range(10 * SECONDS)), Fraction(1, 10), options=X264)
+    monkeypatch.setattr(runs_module, "SEGMENT", 3)
+    monkeypatch.setattr(runs_module, "PICTURES_AHEAD", 1)
+    monkeypatch.setattr(watching, "CHUNK", 2)
+    torch.set_num_threads(3)
+    model, decoding = make_model(), list[bool]()
+
+    def fail(memory: VideoMemory) -> None:
+        decoding.append(decode_threads())
+        raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space") as kept:
+        model.watch(clip, progress=False, on_chunk=fail)
+    assert decoding == [True]
+    assert not decode_threads()
+    monkeypatch.setattr(VideoMemory, "append", lambda memory, frames: fail(memory))
+    with pytest.raises(OSError, match="no space") as again:
+        model.watch(clip, progress=False)
+    assert decoding == [True, True]
+    assert not decode_threads()
+    assert kept.value is not again.value

@@ -2,7 +2,8 @@
 """A data set's videos into a repository of memories: which ones, under which names, and one after the other."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -170,7 +171,7 @@ def _is_text(path: str) -> bool:
 
 
 # A few frames (n, 3, H, W) or, without a size, features (n, N, Cv); and what is known to be lost so far.
-Chunks = Iterator[tuple[Tensor, str]]
+Chunks = Generator[tuple[Tensor, str]]
 
 
 def _open(job: Job, writer: MemoryWriter, size: int | None) -> tuple[int, Chunks]:
@@ -198,16 +199,17 @@ def _check_held(video: Video, path: str, tower: str) -> None:
 
 def _append(job: Job, embedding: Embedding, chunks: Chunks, on_frames: Callable[[int], None]) -> Outcome:
     before, seen = embedding.frames, 0
-    for chunk, damage in chunks:
-        new = chunk[max(0, embedding.frames - seen) :]
-        seen += len(chunk)
-        embedding.damage = damage
-        if not len(new):
-            continue
-        if new.dtype == torch.uint8:
-            embedding.append(new)
-        else:
-            embedding.append_features(new)
-        on_frames(len(new))
+    with closing(chunks):  # an error that is kept keeps the decoder, too, unless that is closed
+        for chunk, damage in chunks:
+            new = chunk[max(0, embedding.frames - seen) :]
+            seen += len(chunk)
+            embedding.damage = damage
+            if not len(new):
+                continue
+            if new.dtype == torch.uint8:
+                embedding.append(new)
+            else:
+                embedding.append_features(new)
+            on_frames(len(new))
     embedding.commit()
     return Outcome(job, "done", embedding.frames - before, embedding.damage)

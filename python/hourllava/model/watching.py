@@ -4,7 +4,8 @@
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
@@ -142,9 +143,10 @@ def watch(
 ) -> VideoMemory:
     """See `HourLlavaForConditionalGeneration.watch`."""
     memory = into if isinstance(into, VideoMemory) else new_memory(FrameWriter(model), into)
-    for _ in _take_in(model, source, memory, progress):
-        if on_chunk is not None:
-            on_chunk(memory)
+    with closing(_take_in(model, source, memory, progress)) as chunks:
+        for _ in chunks:
+            if on_chunk is not None:
+                on_chunk(memory)
     return memory
 
 
@@ -171,16 +173,17 @@ def watch_sharded(
         todo = "let one process follow it with --into, and ask the repository"
         raise VideoError(source.name, "every process would get another part of a stream", todo)
     memory = ShardedMemory(FrameWriter(model), group)
-    for _ in _take_in(model, source, memory, progress):
-        pass
+    with closing(_take_in(model, source, memory, progress)) as chunks:
+        for _ in chunks:
+            pass
     return memory
 
 
 @torch.no_grad()
 def _take_in(
     model: "HourLlavaForConditionalGeneration", source: Source, memory: VideoMemory | ShardedMemory, progress: bool
-) -> Iterator[None]:
-    """Append a video's frames to its memory, and yield after each chunk of them."""
+) -> Generator[None]:
+    """Append a video's frames to its memory, and yield after each chunk of them; closed, it leaves no thread."""
     began = time.perf_counter()
     opened = open_video(source, device=model.device) if isinstance(source, str | os.PathLike) else source
     memory.timings["decode"] += time.perf_counter() - began  # its index is read
@@ -193,10 +196,11 @@ def _take_in(
         memory.source = source.path
     memory.reserve(expected or 0)
     before = memory.damage
-    chunks = _chunks(opened, model.config.vision_config.image_size)
-    if not (isinstance(opened, LiveReader) and opened.path is None):  # a stream does not begin again
-        chunks = _after(memory.frames, chunks)
-    with tqdm(total=expected, initial=memory.frames, unit="s", desc="watching", disable=not progress) as bar:
+    begins_anew = not (isinstance(opened, LiveReader) and opened.path is None)  # as a stream does not
+    held = memory.frames if begins_anew else 0
+    chunks = _after(held, _chunks(opened, model.config.vision_config.image_size))
+    bar = tqdm(total=expected, initial=memory.frames, unit="s", desc="watching", disable=not progress)
+    with bar, closing(chunks):  # an error that is kept keeps the decoder, too, unless that is closed
         while True:
             started = time.perf_counter()
             frames = next(chunks, None)
@@ -223,7 +227,7 @@ def new_memory(writer: FrameWriter, folder: str | os.PathLike[str] | None = None
     return memory
 
 
-def _after(frames: int, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
+def _after(frames: int, chunks: Iterator[Tensor]) -> Generator[Tensor]:
     """Leave out the first frames, which a memory holds already; chunks that were given out are not held.
 
     A chunk of which nothing is left is given out empty, so that who waits for its turn to stop need not wait for long.
