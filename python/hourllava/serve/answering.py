@@ -14,8 +14,7 @@ from anyio.to_thread import run_sync
 
 from hourllava.errors import AdmissionError, MemoryFileError
 from hourllava.memory.repository import check_name
-from hourllava.model import Moment, Prepared, prepare
-from hourllava.model.asking import find_moments
+from hourllava.model import Moment, Prepared, find_moments, prepare
 from hourllava.model.budget import as_budget
 
 from .chat import Conversation

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from hourllava.errors import HourLlavaError, InputError, MemoryFileError
 from hourllava.memory import VideoMemory
-from hourllava.serve.files import PartialFile, Stop
-from hourllava.serve.sources import Source
+
+from .files import PartialFile, Stop
+from .sources import Source
 
 State = Literal["waiting", "watching", "following", "ready", "stopped", "failed"]
 OVER: tuple[State, ...] = ("ready", "stopped", "failed")

@@ -11,12 +11,13 @@ from hourllava.errors import BusyError, HourLlavaError, InputError, SourceConfli
 from hourllava.memory import HeldMemory, MemoryPool, TierUsage
 from hourllava.memory.repository import check_name
 from hourllava.model import FrameWriter
-from hourllava.serve.files import PartialFile
-from hourllava.serve.jobs import Job, LiveMemory, Status, Upload
-from hourllava.serve.shelf import Shelf, unknown
-from hourllava.serve.sources import Source, SourcePolicy, identify, identify_stream, same_source
-from hourllava.serve.watchers import Watchers
 from hourllava.video import LiveReader
+
+from .files import PartialFile
+from .jobs import Job, LiveMemory, Status, Upload
+from .shelf import Shelf, unknown
+from .sources import Source, SourcePolicy, identify, identify_stream, same_source
+from .watchers import Watchers
 
 if TYPE_CHECKING:
     from hourllava.model import HourLlavaForConditionalGeneration

@@ -2,17 +2,18 @@
 """What Prometheus asks for: requests, answers and their times, videos, and how full the pool is."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from .jobs import State
+
 if TYPE_CHECKING:
     from .engine import Engine
     from .library import Library
 
-STATES = ("waiting", "watching", "following", "ready", "stopped", "failed")
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 
@@ -60,7 +61,7 @@ class _State(Collector):
         yield GaugeMetricFamily("hourllava_answers_running", "Answers that are being written.", running)
         statuses = self._library.statuses()
         videos = GaugeMetricFamily("hourllava_videos", "Videos by state.", labels=("state",))
-        for state in STATES:
+        for state in get_args(State):
             videos.add_metric((state,), sum(status.state == state for status in statuses))
         yield videos
         seconds = sum(status.frames for status in statuses)

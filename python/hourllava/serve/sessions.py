@@ -13,7 +13,7 @@ from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 from fastapi.exceptions import RequestValidationError
 from pydantic import Field, TypeAdapter, ValidationError
 
-from hourllava.model.asking import find_moments
+from hourllava.model import find_moments
 
 from .answering import Began, Ended, Service, Written, ask, check_budget, check_memory_name, moment_fields, watched
 from .chat import Conversation

@@ -9,8 +9,9 @@ from hourllava.errors import UnknownMemoryError
 from hourllava.memory import MemoryWriter, Repository, VideoMemory
 from hourllava.memory.catalogue import Source as Mark
 from hourllava.memory.catalogue import Video
-from hourllava.serve.files import PARTIAL
-from hourllava.serve.jobs import Job, State, Status
+
+from .files import PARTIAL
+from .jobs import Job, State, Status
 
 FILMS = ".videos"  # in the repository's folder; no video can have such a name
 LOCK = ".lock"  # in there

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 from hourllava.errors import HourLlavaError, VideoError
 from hourllava.memory import VideoMemory
-from hourllava.serve.fetching import fetch
-from hourllava.serve.files import Stopped
-from hourllava.serve.jobs import Job, State, logger
-from hourllava.serve.shelf import Shelf
-from hourllava.serve.sources import SourcePolicy
 from hourllava.video import FrameFolder, LiveReader, open_video
+
+from .fetching import fetch
+from .files import Stopped
+from .jobs import Job, State, logger
+from .shelf import Shelf
+from .sources import SourcePolicy
 
 if TYPE_CHECKING:
     from hourllava.model import HourLlavaForConditionalGeneration
