@@ -12,6 +12,7 @@ from clips import CLIP_SECONDS, SIDE, board, cut, damage, write_tone
 
 import hourllava.cli.doctor
 from hourllava.cli import main
+from hourllava.errors import HourLlavaError
 from hourllava.video import write_video
 
 QUESTION = "Which colour was the star?"
@@ -189,7 +190,7 @@ def test_trouble_on_the_way(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr("hourllava.model.load_model", fail)
@@ -297,3 +298,22 @@ def test_as_a_program(tmp_path: Path) -> None:
     )
     assert (missing.returncode, missing.stdout) == (1, "")
     assert missing.stderr == "hourllava: question 1: it is empty; ask something about the video\n"
+
+
+@pytest.mark.parametrize("command", ["ask", "watch", "watch into", "serve", "evaluate"])
+def test_models_run_on_the_best_device(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def here(number: int | None = None) -> torch.device:
+        raise HourLlavaError("device", "it was asked for", "go on")
+
+    monkeypatch.setattr("hourllava.model.best_device", here)
+    commands = {
+        "ask": ["ask", "film.mp4", "What?"],
+        "watch": ["watch", "film.mp4", "-o", str(tmp_path / "film.memory")],
+        "watch into": ["watch", "film.mp4", "--into", str(tmp_path / "memories")],
+        "serve": ["serve", "--port", "0", "--memories", str(tmp_path / "memories")],
+        "evaluate": ["evaluate", "lvbench", "--data", str(tmp_path), "-o", str(tmp_path / "lvbench.json")],
+    }
+    assert main(commands[command]) == 1
+    assert capsys.readouterr().err == "hourllava: device: it was asked for; go on\n"

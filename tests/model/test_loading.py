@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText
 
 import hourllava
 from hourllava.errors import HourLlavaError, ModelError
+from hourllava.model import best_device, load_model
 
 
 @pytest.fixture
@@ -56,3 +57,20 @@ def test_exports_are_lazy_and_whole():
     assert issubclass(ModelError, HourLlavaError)
     with pytest.raises(AttributeError, match="has no attribute"):
         hourllava.nothing  # noqa: B018
+
+
+def test_best_device_is_a_gpu_if_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert best_device() == best_device(3) == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert best_device() == torch.device("cuda", 0)
+    assert best_device(3) == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")  # as torchrun says it
+    assert best_device() == torch.device("cuda", 1)
+    assert best_device(0) == torch.device("cuda", 0)
+
+
+def test_a_model_is_where_it_is_wanted():
+    assert load_model("tiny").device.type == "cpu"
+    assert load_model("tiny", device="meta").device.type == "meta"

@@ -46,13 +46,13 @@ def ask(request: AskRequest) -> bool:
     from hourllava.cli.evidence import film_of, write_contact_sheet
     from hourllava.cli.together import processes, take_part
     from hourllava.memory import Repository
-    from hourllava.model import Subtitles, load_model
+    from hourllava.model import Subtitles, best_device, load_model
     from hourllava.model.budget import as_budget
 
     if Repository.is_at(request.video):
         raise MemoryFileError(request.video, "it holds many memories", f"name one, as {request.video}/NAME")
     subtitles = Subtitles.read(request.subtitles) if request.subtitles else Subtitles(())
-    model = load_model(request.model)
+    model = load_model(request.model, device=best_device())
     with processes() as rank:
         take = take_in if rank is None else take_part
         memory, times = take(model, request.video, request.progress and not rank)

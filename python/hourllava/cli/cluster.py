@@ -37,15 +37,11 @@ class Embedder:
         return {**row, **told, "fault": ["", "", ""]}
 
     def _open(self) -> "tuple[Repository, MemoryWriter, int | None]":
-        import torch
-
         from hourllava.memory import Repository
-        from hourllava.model import FrameWriter, load_model
+        from hourllava.model import FrameWriter, best_device, load_model
 
         if self._opened is None:
-            model = load_model(self.model)
-            if torch.cuda.is_available():
-                model.to(torch.device("cuda"))  # type: ignore[arg-type]  # Ray shows a process its own alone
+            model = load_model(self.model, device=best_device(0))  # Ray shows a process its own GPU alone
             size = None if self.imported else model.config.vision_config.image_size
             self._opened = Repository(self.repository), FrameWriter(model), size
         return self._opened

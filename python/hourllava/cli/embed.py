@@ -132,13 +132,11 @@ def _work(share: Share, tell: "Callable[[int | Outcome], None]") -> HourLlavaErr
 
     from hourllava.data.embedding import take_in
     from hourllava.memory import Repository
-    from hourllava.model import FrameWriter, load_model
+    from hourllava.model import FrameWriter, best_device, load_model
 
     try:
-        model = load_model(share.model)
-        if torch.cuda.is_available():
-            model.to(torch.device("cuda", share.number % torch.cuda.device_count()))  # type: ignore[arg-type]
-        elif share.processes > 1:
+        model = load_model(share.model, device=best_device(share.number))
+        if model.device.type == "cpu" and share.processes > 1:
             torch.set_num_threads(max(1, torch.get_num_threads() // share.processes))
         writer, repository = FrameWriter(model), Repository(share.repository)
         size = None if share.imported else model.config.vision_config.image_size

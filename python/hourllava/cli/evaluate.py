@@ -103,19 +103,15 @@ def _benchmark(args: argparse.Namespace) -> int:
     if args.output is None:
         output.parent.mkdir(parents=True, exist_ok=True)
     check_output(output)
-    import torch
-
     from hourllava.evaluate import BENCHMARKS, DataFolder, RunOptions, run_benchmark
     from hourllava.evaluate.running import versions, write_json
-    from hourllava.model import load_model
+    from hourllava.model import best_device, load_model
     from hourllava.model.budget import as_budget
 
     if args.budget is not None:
         as_budget(args.budget)  # a wrong one shows before anything is loaded
     folder = DataFolder(args.data)
-    model = load_model(args.model)
-    if torch.cuda.is_available():
-        model.to(torch.device("cuda"))  # type: ignore[arg-type]
+    model = load_model(args.model, device=best_device())
     options = RunOptions(args.subtitles, args.subtitle_frames, args.budget)
     answers = output.with_suffix(".answers.jsonl")
     progress = args.progress or sys.stderr.isatty()

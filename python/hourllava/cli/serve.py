@@ -6,10 +6,10 @@ import ipaddress
 import logging
 import re
 import socket
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+from hourllava.cli.numbers import whole
 from hourllava.errors import HourLlavaError
 
 PACKAGES = ("fastapi", "uvicorn", "websockets", "prometheus_client")
@@ -35,9 +35,7 @@ def add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help="the repository of memories, made if it is not there (default: memories)",
     )
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: 127.0.0.1)")
-    parser.add_argument(
-        "--port", type=_number(0, 65535), default=8000, help="the port, 0 for a free one (default: 8000)"
-    )
+    parser.add_argument("--port", type=whole(0, 65535), default=8000, help="the port, 0 for a free one (default: 8000)")
     parser.add_argument(
         "--budget",
         metavar="SIZE",
@@ -45,7 +43,7 @@ def add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help="bytes of the model's device for pages of memories that are asked (default: 4GiB)",
     )
     parser.add_argument(
-        "--batch", metavar="N", type=_number(1, 1024), default=8, help="answers that are written together (default: 8)"
+        "--batch", metavar="N", type=whole(1, 1024), default=8, help="answers that are written together (default: 8)"
     )
     parser.add_argument(
         "--api-key-file",
@@ -130,7 +128,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def _serve(args: argparse.Namespace, taken: socket.socket, key: str | None, local: bool) -> int:
     from hourllava.memory import parse_size
-    from hourllava.model import load_model
+    from hourllava.model import best_device, load_model
     from hourllava.serve import Engine
     from hourllava.serve.answering import Service
     from hourllava.serve.library import Library
@@ -141,7 +139,7 @@ def _serve(args: argparse.Namespace, taken: socket.socket, key: str | None, loca
     logging.basicConfig(level=logging.WARNING, format="hourllava: %(message)s")
     policy = SourcePolicy(args.local, tuple(args.domain), parse_size(args.upload_limit))
     parse_size(args.budget)  # before the model is read
-    model = load_model(args.model)
+    model = load_model(args.model, device=best_device())
     library = Library(model, args.memories, args.budget, policy, args.keep_videos)
     engine = Engine(model, args.batch)
     name = Path(args.model).name or str(args.model)
@@ -188,14 +186,3 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _number(least: int, most: int) -> Callable[[str], int]:
-    """Reads a whole number of a range."""
-
-    def read(text: str) -> int:
-        if not text.isdecimal() or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} to {most}")
-        return int(text)
-
-    return read

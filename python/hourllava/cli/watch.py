@@ -30,10 +30,10 @@ def watch(video: "Path | LiveReader", output: Path, model_name: str, progress: b
     """
     check_output(output)
     from hourllava.cli.text import print_times
-    from hourllava.model import load_model
+    from hourllava.model import best_device, load_model
     from hourllava.video import clock
 
-    memory, times = take_in(load_model(model_name), video, progress, folder=output.parent)
+    memory, times = take_in(load_model(model_name, device=best_device()), video, progress, folder=output.parent)
     began = time.perf_counter()
     memory.save(output)
     times["save"] = time.perf_counter() - began
@@ -55,11 +55,11 @@ def watch_into(
     """
     from hourllava.cli.text import print_times
     from hourllava.memory import Repository
-    from hourllava.model import FrameWriter, load_model
+    from hourllava.model import FrameWriter, best_device, load_model
     from hourllava.video import clock
 
     repository = Repository(entry.parent)
-    model = load_model(model_name)
+    model = load_model(model_name, device=best_device())
     writer = FrameWriter(model)
     begun = repository.catalogue.find(entry.name)
     if begun is None:

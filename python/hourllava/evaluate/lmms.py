@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from hourllava.errors import HourLlavaError, InputError
 from hourllava.memory import VideoMemory
-from hourllava.model import load_model
+from hourllava.model import best_device, load_model
 from hourllava.model.budget import as_budget
 
 from .watched import WatchedVideos
@@ -63,10 +63,10 @@ class HourLlava(lmms):
         self.budget = budget
         if budget is not None:
             as_budget(budget)  # a wrong one shows before anything is loaded
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device(device) if device else best_device()
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", dist.get_node_local_rank(0))
-        self.model = load_model(pretrained).to(self.device)  # type: ignore[arg-type]
+        self.model = load_model(pretrained, device=self.device)
         self._watched = None if memories is None else WatchedVideos(self.model, memories)
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:

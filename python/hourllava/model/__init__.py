@@ -5,7 +5,7 @@ from .asking import Answer, AskOptions, Moment, Prepared, find_moments, prepare
 from .budget import Budget
 from .configuration import HourLlavaConfig, tiny_config
 from .conversion import convert_to_original
-from .loading import load_model
+from .loading import best_device, load_model
 from .modeling import HourLlavaForConditionalGeneration
 from .parts import parts_table
 from .processing import HourLlavaProcessor
@@ -24,6 +24,7 @@ __all__ = [
     "Moment",
     "Prepared",
     "Subtitles",
+    "best_device",
     "build_example",
     "build_prompt",
     "convert_to_original",

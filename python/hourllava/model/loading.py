@@ -4,7 +4,9 @@
 import os
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
+from torch import distributed as dist
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
 from hourllava.errors import ModelError
@@ -18,7 +20,9 @@ PRESETS = Path(__file__).parent.parent / "presets"
 
 
 def load_model(
-    name: str | os.PathLike[str] = "tiny", vision_tower: str | os.PathLike[str] | None = None
+    name: str | os.PathLike[str] = "tiny",
+    vision_tower: str | os.PathLike[str] | None = None,
+    device: torch.device | str = "cpu",
 ) -> HourLlavaForConditionalGeneration:
     """A model ready to watch and to answer.
 
@@ -26,6 +30,7 @@ def load_model(
         name: a preset's name, or a directory that holds config.json, the weights and the tokenizer, as
             `save_pretrained` or the original wrote them.
         vision_tower: a directory with the tower's own repository, for checkpoints that hold no tower.
+        device: where it runs; `best_device()` is a GPU if there is one.
 
     Raises:
         ModelError: there is no such preset or directory, or it is not whole.
@@ -34,9 +39,22 @@ def load_model(
     if not has_tokenizer(folder):
         raise ModelError(name, "tokenizer.json is missing", "give a directory that save_pretrained wrote")
     try:
-        return HourLlavaForConditionalGeneration.from_pretrained(folder, vision_tower=vision_tower).eval()
+        model = HourLlavaForConditionalGeneration.from_pretrained(folder, vision_tower=vision_tower).eval()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(name, str(error).splitlines()[0], "give a directory that save_pretrained wrote") from error
+    return model.to(device)  # type: ignore[arg-type]
+
+
+def best_device(number: int | None = None) -> torch.device:
+    """A GPU if there is one, else the CPU.
+
+    Args:
+        number: of this process among those that share a machine's GPUs; None is its place under torchrun.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    number = dist.get_node_local_rank(0) if number is None else number
+    return torch.device("cuda", number % torch.cuda.device_count())
 
 
 def model_folder(name: str | os.PathLike[str]) -> Path:
