@@ -5,10 +5,10 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from clips import SIDE, board
+from tiny_model import make_model
 
 from hourllava.video import write_video
 
@@ -18,11 +18,8 @@ FPS = 2
 # Each runs in a process of its own, since a peak is never forgotten. The model is small, but each part of it is there.
 PRELUDE = """
 import json, resource, sys
-sys.path.insert(0, sys.argv[2])
 import torch
-from tiny_model import make_model
 torch.set_num_threads(1)
-model = make_model()
 
 def finish(seconds):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -31,8 +28,9 @@ def finish(seconds):
 
 # Decoder, resize, tower and projector, whose output goes nowhere.
 INTAKE = """
-from hourllava.model.watching import FrameWriter
+from hourllava.model import FrameWriter, load_model
 from hourllava.video import open_video
+model = load_model(sys.argv[2])
 writer, seconds = FrameWriter(model), 0
 with torch.no_grad():
     for chunk in open_video(sys.argv[1]).chunks(model.config.vision_config.image_size):
@@ -44,13 +42,11 @@ finish(seconds)
 # The command itself, from the video to the saved memory.
 WATCH = """
 import contextlib
-from pathlib import Path
 from safetensors import safe_open
 from hourllava.cli import watch
-sys.modules["hourllava.model"].load_model = lambda name: model
 output = Path(sys.argv[1] + ".memory")
 with contextlib.redirect_stdout(None):
-    assert not watch.watch(Path(sys.argv[1]), output, "tiny", progress=False)
+    assert not watch.watch(Path(sys.argv[1]), output, sys.argv[2], progress=False)
 with safe_open(output, "pt") as file:
     finish(file.get_slice("tokens").get_shape()[0])
 """
@@ -59,11 +55,12 @@ with safe_open(output, "pt") as file:
 @pytest.fixture(scope="module")
 def measure(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], dict[str, int]]:
     folder = tmp_path_factory.mktemp("clips")
+    make_model().save_pretrained(folder / "model")
     for minutes in MINUTES:
         write_video(folder / f"{minutes}.mp4", (board(i) for i in range(minutes * 60 * FPS)), FPS, SIDE)
 
     def run(code: str, minutes: int) -> dict[str, int]:
-        arguments = [str(folder / f"{minutes}.mp4"), str(Path(__file__).parents[1])]
+        arguments = [str(folder / f"{minutes}.mp4"), str(folder / "model")]
         program = [sys.executable, "-c", PRELUDE + code, *arguments]
         done = subprocess.run(program, stdout=subprocess.PIPE, text=True, check=True)
         return json.loads(done.stdout)
