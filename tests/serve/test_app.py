@@ -23,6 +23,7 @@ from hourllava.errors import (
     SourceConflictError,
     SourceError,
     SourceSizeError,
+    StorageError,
     UnknownMemoryError,
     VideoError,
 )
@@ -197,6 +198,7 @@ def test_a_video_that_fails_while_a_stream_waits(client: Client, scene: Scripted
         (AdmissionError, 503, "no_room"),
         (UnknownMemoryError, 404, "not_found"),
         (MemoryBusyError, 409, "in_use"),
+        (StorageError, 507, "no_space"),
         (MemoryFileError, 500, "memory_unreadable"),
         (ModelError, 500, "model_unusable"),
         (QuestionError, 400, None),
