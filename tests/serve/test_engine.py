@@ -152,6 +152,39 @@ def test_a_decoder_that_fails_ends_what_runs_and_no_more(model, memory, engine, 
     assert after.text == model.ask(memory, "Why?", max_new_tokens=5).text
 
 
+@pytest.mark.parametrize("fails_first", ["add", "keep"])
+def test_a_batch_that_cannot_be_changed_ends_what_runs_and_no_more(
+    fails_first: str, model, memory, engine, monkeypatch, caplog
+) -> None:
+    """As where there is no memory for the copy of what stays: also while a question that has failed is left out."""
+    keep, ready, failing = DecodingBatch.keep, threading.Event(), [True]
+
+    def fails(batch: DecodingBatch, rows: list[int]) -> None:
+        if failing:
+            raise RuntimeError("out of memory, say")
+        keep(batch, rows)
+
+    def broken() -> Prepared:
+        raise QuestionError("question", "it is broken", "mend it")
+
+    monkeypatch.setattr(DecodingBatch, "keep", fails)
+    running, other, after = Listener(), Listener(), Listener()
+    engine.submit(lambda: (ready.wait(DEADLINE), asks(model, memory, "What?")())[1], Sampling(40), running)
+    if fails_first == "add":
+        engine.submit(broken, Sampling(), other)
+    else:
+        engine.submit(asks(model, memory, "Who?"), Sampling(2), other)
+    ready.set()
+    assert isinstance(running.last, Failed)
+    assert isinstance(running.last.error, RuntimeError)
+    assert other.done.wait(DEADLINE)
+    failing.clear()
+    engine.submit(asks(model, memory, "Why?"), Sampling(5), after)
+    assert after.last == Ended("length", 5)
+    assert after.text == model.ask(memory, "Why?", max_new_tokens=5).text
+    assert "an answer failed" in caplog.text
+
+
 def test_cancelled_answers_end_and_make_room(model, memory, engine) -> None:
     tickets: list[Ticket] = []
     gate = threading.Event()

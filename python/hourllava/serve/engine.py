@@ -148,10 +148,14 @@ class Engine:
                     break
                 room = len(self._running) < self._max_batch
                 ticket = self._waiting.popleft() if room and self._waiting else None
-            if ticket is not None:
-                self._begin(ticket)
-            if self._running:
-                self._advance()
+            try:
+                if ticket is not None:
+                    self._begin(ticket)
+                if self._running:
+                    self._advance()
+            except Exception as error:  # what is left of the batch is not to be trusted
+                self._fail([answer.ticket for answer in self._running], error)
+                self._running, self._batch = [], DecodingBatch(self._model)
         for answer in self._running:
             self._tell(answer.ticket, Ended("cancelled", answer.written))
         for ticket in self._waiting:
@@ -176,22 +180,17 @@ class Engine:
             self._running.append(answer)
             self._take([answer], [chooser.choose(logits)])
         except Exception as error:
-            self._batch.keep(list(range(before)))
-            self._running = [other for other in self._running if other.ticket is not ticket]
             self._fail([ticket], error)
+            self._running = [other for other in self._running if other.ticket is not ticket]
+            self._batch.keep(list(range(before)))
             return
         self._drop_done()
 
     def _advance(self) -> None:
         """One more token for each running answer."""
-        try:
-            last = torch.tensor([answer.token for answer in self._running], device=self._model.device)
-            logits = self._batch.step(last)
-            self._take(self._running, [a.chooser.choose(row) for a, row in zip(self._running, logits, strict=True)])
-        except Exception as error:
-            self._fail([answer.ticket for answer in self._running], error)
-            self._running, self._batch = [], DecodingBatch(self._model)
-            return
+        last = torch.tensor([answer.token for answer in self._running], device=self._model.device)
+        logits = self._batch.step(last)
+        self._take(self._running, [a.chooser.choose(row) for a, row in zip(self._running, logits, strict=True)])
         self._drop_done()
 
     def _take(self, answers: list[_Answer], tokens: list[Tensor]) -> None:
