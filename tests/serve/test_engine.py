@@ -10,7 +10,7 @@ import torch
 from memories import make_frames
 
 from hourllava import VideoMemory
-from hourllava.errors import BusyError, QuestionError
+from hourllava.errors import BusyError, InputError, QuestionError
 from hourllava.model import AskOptions, HourLlavaForConditionalGeneration, Prepared, prepare
 from hourllava.serve import Began, Ended, Engine, Event, Failed, Sampling, Ticket, Written
 from hourllava.serve.batch import DecodingBatch
@@ -96,6 +96,20 @@ def test_without_a_limit_the_decoder_ends(model, memory, engine, monkeypatch) ->
     monkeypatch.setattr(model.config.text_config, "max_position_embeddings", length + 20)
     engine.submit(asks(model, memory, QUESTIONS[0]), Sampling(), listener)
     assert listener.last == Ended("length", 20)
+
+
+def test_more_tokens_than_there_is_room_for(model, memory, engine, monkeypatch) -> None:
+    length = prepare(model, memory, QUESTIONS[0], AskOptions()).embeds.shape[1]
+    monkeypatch.setattr(model.config.text_config, "max_position_embeddings", length + 20)
+    whole, refused = Listener(), Listener()
+    engine.submit(asks(model, memory, QUESTIONS[0]), Sampling(20), whole)
+    engine.submit(asks(model, memory, QUESTIONS[0]), Sampling(21), refused)
+    assert whole.last == Ended("length", 20)
+    failed = refused.last
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, InputError)
+    why = f"21 are asked for, but beside the question's {length} the decoder has room for 20"
+    assert str(failed.error) == f"max_tokens: {why}; ask for fewer, or leave it out"
 
 
 def test_sampling_is_repeatable_by_its_seed(model, memory, engine) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from hourllava.errors import BusyError, HourLlavaError
+from hourllava.errors import BusyError, HourLlavaError, InputError
 from hourllava.model import Prepared
 
 from .batch import DecodingBatch
@@ -171,8 +171,8 @@ class Engine:
         before = len(self._batch)
         try:
             prepared = ticket.prepare()
-            length, limit = prepared.embeds.shape[1], self._model.config.text_config.max_position_embeddings
-            room = min(ticket.sampling.max_new_tokens or limit, limit - length)
+            length = prepared.embeds.shape[1]
+            room = self._room(length, ticket.sampling.max_new_tokens)
             chooser = Chooser(ticket.sampling, prepared.embeds.device)
             answer = _Answer(ticket, chooser, Wording(self._model.tokenizer, ticket.sampling.stop), room)
             self._tell(ticket, Began(length, prepared.mass))
@@ -185,6 +185,18 @@ class Engine:
             self._batch.keep(list(range(before)))
             return
         self._drop_done()
+
+    def _room(self, length: int, asked: int | None) -> int:
+        """How many tokens an answer to a prompt of so many rows may take.
+
+        Raises:
+            InputError: more are asked for than the decoder has room for.
+        """
+        room = self._model.config.text_config.max_position_embeddings - length
+        if asked is not None and asked > room:
+            why = f"{asked} are asked for, but beside the question's {length} the decoder has room for {room}"
+            raise InputError("max_tokens", why, "ask for fewer, or leave it out")
+        return asked or room
 
     def _advance(self) -> None:
         """One more token for each running answer."""
