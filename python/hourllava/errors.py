@@ -39,6 +39,10 @@ class MemoryBusyError(MemoryFileError):
     """Another process appends to a memory."""
 
 
+class StorageError(MemoryFileError):
+    """The disk has no room for a memory or the video that it is made of, or refuses to be written to."""
+
+
 class BusyError(HourLlavaError):
     """A server has as much to do as it takes on; the same question can be asked again."""
 

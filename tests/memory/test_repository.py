@@ -11,7 +11,7 @@ import pytest
 import torch
 from memories import SmallWriter, full_disk, make_frames
 
-from hourllava.errors import MemoryFileError
+from hourllava.errors import MemoryFileError, StorageError
 from hourllava.memory import Repository, VideoMemory, repair, scratch_files, unpack_features, verify
 from hourllava.memory.segments import rounding_error
 
@@ -197,7 +197,7 @@ def test_full_disk(tmp_path):
     repository, memory = fill(tmp_path, frames=64, pages=True)
     before = [x.clone() for x in everything(memory)]
     for size in (0, 100, 5000, 100_000):
-        with full_disk(size), pytest.raises(MemoryFileError):
+        with full_disk(size), pytest.raises(StorageError):
             memory.append(make_frames(300, 64))
         assert memory.frames == repository.videos()[0].frames == 64
         for a, b in zip(everything(repository.open("film")), before, strict=True):

@@ -23,6 +23,7 @@ from hourllava.errors import (
     SourceConflictError,
     SourceError,
     SourceSizeError,
+    StorageError,
     UnknownMemoryError,
     VideoError,
 )
@@ -51,7 +52,7 @@ def test_an_answer_about_a_video(client: Client, scene: Scripted) -> None:
     ]
     assert body["usage"] == USAGE
     ((memory, question, options),) = scene.prepared
-    assert (memory, question, options.budget, options.max_new_tokens) == ("film", "When?", "1/4", 9)
+    assert (memory, question, options.budget) == ("film", "When?", "1/4")
     ((_, sampling),) = scene.engine.asked
     assert (sampling.seed, sampling.temperature, sampling.max_new_tokens) == (3, 0.5, 9)
 
@@ -197,6 +198,7 @@ def test_a_video_that_fails_while_a_stream_waits(client: Client, scene: Scripted
         (AdmissionError, 503, "no_room"),
         (UnknownMemoryError, 404, "not_found"),
         (MemoryBusyError, 409, "in_use"),
+        (StorageError, 507, "no_space"),
         (MemoryFileError, 500, "memory_unreadable"),
         (ModelError, 500, "model_unusable"),
         (QuestionError, 400, None),

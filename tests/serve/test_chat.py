@@ -62,9 +62,9 @@ def test_turns_become_a_history() -> None:
     assert conversation.history == (("What is it?\nAnd where?", "A star."),)
     assert conversation.question == "When\nwas it?"
     assert conversation.video == VideoAsked("/a.mp4", None)
-    options = conversation.options(7, "1/4")
+    options = conversation.options("1/4")
     assert (options.history, options.system) == (conversation.history, conversation.system)
-    assert (options.max_new_tokens, options.budget) == (7, "1/4")
+    assert (options.max_new_tokens, options.budget) == (1, "1/4")
 
 
 def test_images_stay_where_they_stand() -> None:

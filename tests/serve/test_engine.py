@@ -10,7 +10,7 @@ import torch
 from memories import make_frames
 
 from hourllava import VideoMemory
-from hourllava.errors import BusyError, QuestionError
+from hourllava.errors import BusyError, InputError, QuestionError
 from hourllava.model import AskOptions, HourLlavaForConditionalGeneration, Prepared, prepare
 from hourllava.serve import Began, Ended, Engine, Event, Failed, Sampling, Ticket, Written
 from hourllava.serve.batch import DecodingBatch
@@ -98,6 +98,20 @@ def test_without_a_limit_the_decoder_ends(model, memory, engine, monkeypatch) ->
     assert listener.last == Ended("length", 20)
 
 
+def test_more_tokens_than_there_is_room_for(model, memory, engine, monkeypatch) -> None:
+    length = prepare(model, memory, QUESTIONS[0], AskOptions()).embeds.shape[1]
+    monkeypatch.setattr(model.config.text_config, "max_position_embeddings", length + 20)
+    whole, refused = Listener(), Listener()
+    engine.submit(asks(model, memory, QUESTIONS[0]), Sampling(20), whole)
+    engine.submit(asks(model, memory, QUESTIONS[0]), Sampling(21), refused)
+    assert whole.last == Ended("length", 20)
+    failed = refused.last
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, InputError)
+    why = f"21 are asked for, but beside the question's {length} the decoder has room for 20"
+    assert str(failed.error) == f"max_tokens: {why}; ask for fewer, or leave it out"
+
+
 def test_sampling_is_repeatable_by_its_seed(model, memory, engine) -> None:
     def sampled(seed: int | None, **sampling: float) -> str:
         listener = Listener()
@@ -150,6 +164,39 @@ def test_a_decoder_that_fails_ends_what_runs_and_no_more(model, memory, engine, 
     engine.submit(asks(model, memory, "Why?"), Sampling(5), after)
     assert after.last == Ended("length", 5)
     assert after.text == model.ask(memory, "Why?", max_new_tokens=5).text
+
+
+@pytest.mark.parametrize("fails_first", ["add", "keep"])
+def test_a_batch_that_cannot_be_changed_ends_what_runs_and_no_more(
+    fails_first: str, model, memory, engine, monkeypatch, caplog
+) -> None:
+    """As where there is no memory for the copy of what stays: also while a question that has failed is left out."""
+    keep, ready, failing = DecodingBatch.keep, threading.Event(), [True]
+
+    def fails(batch: DecodingBatch, rows: list[int]) -> None:
+        if failing:
+            raise RuntimeError("out of memory, say")
+        keep(batch, rows)
+
+    def broken() -> Prepared:
+        raise QuestionError("question", "it is broken", "mend it")
+
+    monkeypatch.setattr(DecodingBatch, "keep", fails)
+    running, other, after = Listener(), Listener(), Listener()
+    engine.submit(lambda: (ready.wait(DEADLINE), asks(model, memory, "What?")())[1], Sampling(40), running)
+    if fails_first == "add":
+        engine.submit(broken, Sampling(), other)
+    else:
+        engine.submit(asks(model, memory, "Who?"), Sampling(2), other)
+    ready.set()
+    assert isinstance(running.last, Failed)
+    assert isinstance(running.last.error, RuntimeError)
+    assert other.done.wait(DEADLINE)
+    failing.clear()
+    engine.submit(asks(model, memory, "Why?"), Sampling(5), after)
+    assert after.last == Ended("length", 5)
+    assert after.text == model.ask(memory, "Why?", max_new_tokens=5).text
+    assert "an answer failed" in caplog.text
 
 
 def test_cancelled_answers_end_and_make_room(model, memory, engine) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from memories import full_disk
 
-from hourllava.errors import HourLlavaError, SourceError, SourceSizeError
+from hourllava.errors import HourLlavaError, SourceError, SourceSizeError, StorageError
 from hourllava.serve.fetching import MAX_REDIRECTS, PIECE, fetch
 from hourllava.serve.files import PartialFile, Stop, Stopped
 from hourllava.serve.sources import SourcePolicy, identify
@@ -254,13 +254,13 @@ def test_a_file_that_is_not_committed_is_gone(tmp_path: Path) -> None:
     with PartialFile(tmp_path / "film", 10, "film") as file:
         file.write(b"abc")
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(SourceError, match="it cannot be written to the disk"):
+    with pytest.raises(StorageError, match="it cannot be written to the disk"):
         PartialFile(tmp_path / "no folder" / "film", 10, "film")
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
     text = "data:video/mp4;base64," + base64.b64encode(bytes(2 * PIECE)).decode()
     with full_disk(PIECE):
-        line = failure(text, tmp_path)
+        line = failure(text, tmp_path, kind=StorageError)
     assert "it cannot be written to the disk" in line
     assert line.endswith("free some space on the server")

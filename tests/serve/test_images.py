@@ -3,6 +3,7 @@
 
 import base64
 import contextlib
+import errno
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -40,6 +41,20 @@ def test_text_and_images_go_to_the_chat_template(client: Client, scene: Scripted
     image = messages[0]["content"][0].pop("image")
     assert messages == [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
     assert (image.size, image.mode, image.getpixel((0, 0))) == ((4, 3), "RGB", (255, 0, 0))
+
+
+def test_an_image_that_the_server_may_not_read(
+    client: Client, scene: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def locked(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    (tmp_path / "a.png").write_bytes(b"x")
+    scene.service.policy = SourcePolicy(tmp_path)
+    monkeypatch.setattr(Path, "open", locked)
+    reply = ask(client, str(tmp_path / "a.png"))
+    assert (reply.status, reply.error["code"]) == (400, "source_unusable")
+    assert "it cannot be read (Permission denied)" in reply.error["message"]
 
 
 @pytest.mark.parametrize(

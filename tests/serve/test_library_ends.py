@@ -20,8 +20,9 @@ from libraries import (
     upload,
 )
 
-from hourllava.errors import BusyError, UnknownMemoryError
-from hourllava.memory import Repository
+from hourllava.errors import BusyError, MemoryFileError, UnknownMemoryError
+from hourllava.memory import MemoryPool, Repository
+from hourllava.memory.catalogue import Video
 from hourllava.model import HourLlavaForConditionalGeneration
 
 
@@ -105,6 +106,36 @@ def test_deleting_what_is_being_asked(model: HourLlavaForConditionalGeneration, 
             assert len(model.ask(memory, "Which number?").moments)
         assert held.usage()[0].used == 0
         assert not os.path.exists(tmp_path / name)
+
+
+def test_deleting_what_a_question_is_about_to_read(
+    model: HourLlavaForConditionalGeneration, film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It hears that there is no such memory, and nothing of files that are not there."""
+    files = MemoryPool._files
+    with library(model, tmp_path, film.parent) as held:
+        held.ensure(str(film), "film")
+        held.wait("film", DEADLINE)
+
+        def late(pool: MemoryPool, video: Video) -> object:
+            Repository(tmp_path).delete("film")
+            return files(pool, video)
+
+        monkeypatch.setattr(MemoryPool, "_files", late)
+        with pytest.raises(UnknownMemoryError, match="film: there is no such memory"), held.use("film"):
+            pass
+
+
+def test_damage_is_told_without_the_server_s_folders(
+    model: HourLlavaForConditionalGeneration, film: Path, tmp_path: Path
+) -> None:
+    with library(model, tmp_path, film.parent) as held:
+        held.ensure(str(film), "film")
+        held.wait("film", DEADLINE)
+        (tmp_path / "film" / "tokens.pool").unlink()
+        with pytest.raises(MemoryFileError, match=r"^film/tokens\.pool: it cannot be opened"), held.use("film"):
+            pass
+        assert held.usage()[0].used == 0
 
 
 def test_no_thread_stays(model: HourLlavaForConditionalGeneration, film: Path, tmp_path: Path) -> None:

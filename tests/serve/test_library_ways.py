@@ -37,6 +37,7 @@ from hourllava.errors import (
     SourceConflictError,
     SourceError,
     SourceSizeError,
+    StorageError,
     UnknownMemoryError,
     VideoError,
 )
@@ -121,10 +122,28 @@ def test_an_upload(model: HourLlavaForConditionalGeneration, film: Path, wanted:
             held.upload("empty").commit()
         full = held.upload("full")
         full.write(bytes(1000))  # waits in a buffer
-        with full_disk(500), pytest.raises(SourceError, match="cannot be written to the disk"):
+        with full_disk(500), pytest.raises(StorageError, match="cannot be written to the disk"):
             full.commit()
         assert [status.name for status in held.statuses()] == ["film"]
         assert films_in(tmp_path) == set()
+
+
+def test_an_upload_for_whose_entry_the_disk_has_no_room(
+    model: HourLlavaForConditionalGeneration, film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file was whole already, and does not stay."""
+    with library(model, tmp_path) as held:
+
+        def full(*_: object) -> None:
+            raise StorageError("catalogue.sqlite", "the disk is full", "free some space")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(held._shelf.repository, "declare", full)
+            with pytest.raises(StorageError):
+                upload(held, "film", film)
+        assert (held.statuses(), films_in(tmp_path)) == ([], set())
+        upload(held, "film", film)
+        assert held.wait("film", DEADLINE)
 
 
 def test_an_upload_that_is_no_video_says_so_when_it_is_asked(

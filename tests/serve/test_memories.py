@@ -13,7 +13,7 @@ from clips import number_on, write_clip
 from PIL import Image
 from servers import PATIENCE, Client, Scripted, until
 
-from hourllava.errors import MemoryFileError, SourceSizeError
+from hourllava.errors import MemoryFileError, SourceSizeError, StorageError
 from hourllava.serve.sources import SourcePolicy
 
 FILM = {
@@ -87,6 +87,16 @@ def test_a_file_that_is_too_large(client: Client, scene: Scripted) -> None:
     reply = client.ask("PUT", "/v1/memories/new", b"film")
     assert (reply.status, reply.error["code"]) == (413, "too_large")
     assert (scene.library.aborted, scene.library.uploads) == (["new"], {})
+
+
+def test_a_file_for_which_the_disk_has_no_room(client: Client, scene: Scripted) -> None:
+    scene.library.full = StorageError("new", "it cannot be written to the disk", "free some space on the server")
+    reply = client.ask("PUT", "/v1/memories/new", b"film")
+    assert (reply.status, reply.error["type"], reply.error["code"]) == (507, "server_error", "no_space")
+    assert reply.error["message"] == "new: it cannot be written to the disk; free some space on the server"
+    assert (scene.library.aborted, scene.library.uploads) == (["new"], {})
+    scene.library.full = None
+    assert client.ask("PUT", "/v1/memories/new", b"film").status == 202
 
 
 def test_a_file_that_is_too_large_is_not_even_sent(client: Client, scene: Scripted) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-from hourllava.errors import MemoryFileError
+from hourllava.errors import MemoryFileError, StorageError
 
 FILE = "catalogue.sqlite"
 FORMAT = 1
@@ -73,6 +73,7 @@ class Catalogue:
 
     Raises:
         MemoryFileError: the file is no catalogue, is damaged, cannot be written, or is locked for too long.
+        StorageError: the disk is full.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -224,7 +225,8 @@ class Catalogue:
                 yield db
         except sqlite3.DatabaseError as error:
             todo = "free some space, or run `hourllava memory verify`"
-            raise MemoryFileError(self.path, f"the catalogue cannot be used ({error})", todo) from error
+            kind = StorageError if "disk is full" in str(error) else MemoryFileError
+            raise kind(self.path, f"the catalogue cannot be used ({error})", todo) from error
         except UnicodeEncodeError as error:  # a name or path of other bytes
             why, todo = "it can hold only names and paths in UTF-8", "rename the file, or choose another name"
             raise MemoryFileError(error.object, why, todo) from error

@@ -11,7 +11,7 @@ from typing import BinaryIO, cast
 import torch
 from torch import Tensor
 
-from hourllava.errors import MemoryFileError
+from hourllava.errors import MemoryFileError, StorageError
 
 PIECE_BYTES = 8 << 20  # read or released at once
 
@@ -103,7 +103,7 @@ def allocate(file: BinaryIO, size: int) -> None:
     """Make a file at least `size` bytes long, on the disk too, so that no later write into a mapping finds it full.
 
     Raises:
-        MemoryFileError: there is no room.
+        StorageError: there is no room.
     """
     held = os.fstat(file.fileno()).st_size
     if size <= held:
@@ -117,7 +117,7 @@ def allocate(file: BinaryIO, size: int) -> None:
     except OSError as error:
         why = f"there is no room for {(size - held) / 1e6:.0f} MB more ({error.strerror})"
         what = file.name if isinstance(file.name, str) else "memory"
-        raise MemoryFileError(what, why, "free some space, or choose another place") from error
+        raise StorageError(what, why, "free some space, or choose another place") from error
 
 
 def scratch_files(folder: str | os.PathLike[str]) -> Callable[[str], BinaryIO]:
@@ -129,7 +129,7 @@ def scratch_files(folder: str | os.PathLike[str]) -> Callable[[str], BinaryIO]:
             os.unlink(name)
         except OSError as error:
             why = f"no file can be made there ({error.strerror})"
-            raise MemoryFileError(Path(folder), why, "choose another place") from error
+            raise StorageError(Path(folder), why, "choose another place") from error
         return cast(BinaryIO, os.fdopen(handle, "r+b"))
 
     return make

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from hourllava.errors import MemoryBusyError, MemoryFileError
+from hourllava.errors import MemoryBusyError, MemoryFileError, StorageError
 
 from .catalogue import FILE, Catalogue, Segment, Video
 from .segments import (
@@ -83,7 +83,8 @@ class Repository:
             source: absolute path of the video, or where else it comes from.
 
         Raises:
-            MemoryFileError: there is a video of that name, the name cannot be a folder's, or the disk is full.
+            MemoryFileError: there is a video of that name, or the name cannot be a folder's.
+            StorageError: the disk is full.
         """
         self.declare(name, writer, precision, pages, source)
         return self.open(name, writer)
@@ -92,7 +93,7 @@ class Repository:
         """`add` without a memory: the video is in the catalogue, and has no frame.
 
         Raises:
-            MemoryFileError: as for `add`.
+            MemoryFileError, StorageError: as for `add`.
         """
         check_name(name)
         shape = writer.shape
@@ -115,9 +116,7 @@ class Repository:
         try:
             (self.folder / name).mkdir(exist_ok=True)  # a folder that no video has is left from an interruption
         except OSError as error:
-            raise MemoryFileError(
-                self.folder / name, f"it cannot be made ({reason(error)})", "free some space"
-            ) from error
+            raise StorageError(self.folder / name, f"it cannot be made ({reason(error)})", "free some space") from error
         self.catalogue.add(video)
         return video
 

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hourllava.errors import MemoryFileError
+from hourllava.errors import MemoryFileError, StorageError
 
 FORMAT = "hourllava-memory-2"
 WATCH_AGAIN = "watch the video again to make a new one"
@@ -51,7 +51,7 @@ def write_memory_file(path: str | os.PathLike[str], tensors: dict[str, Pieces], 
     leaves what `path` held before. No more than one piece of a tensor need be in RAM at a time.
 
     Raises:
-        MemoryFileError: the file cannot be written (no space, no permission, no such folder).
+        StorageError: the file cannot be written (no space, no permission, no such folder).
     """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
@@ -65,7 +65,7 @@ def write_memory_file(path: str | os.PathLike[str], tensors: dict[str, Pieces], 
         return digest
     except OSError as error:
         why = f"it cannot be written ({reason(error)})"
-        raise MemoryFileError(target, why, "free some space or choose another place") from error
+        raise StorageError(target, why, "free some space or choose another place") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -209,7 +209,7 @@ async def ask(service: Service, conversation: Conversation, memory: str | None, 
         messages = await run_sync(load_pictures, conversation.messages, service.policy)
         return RunningAnswer(service, partial(prepare_pictures, service.model, messages), wishes)
     await run_sync(_bring_in, service.library, memory)
-    options = conversation.options(wishes.sampling().max_new_tokens, wishes.budget)
+    options = conversation.options(wishes.budget)
     return RunningAnswer(service, partial(_prepared, service, memory, conversation.question, options), wishes)
 
 

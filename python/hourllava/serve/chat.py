@@ -30,9 +30,9 @@ class Conversation:
     # As a chat template takes them, but an image is still {"type": "image", "url": ...}.
     messages: list[dict[str, Any]] = field(default_factory=list)
 
-    def options(self, max_new_tokens: int | None, budget: str | None) -> AskOptions:
-        """How the model is asked; without a limit of its own, an answer needs room for one token at least."""
-        return AskOptions(max_new_tokens or 1, history=self.history, system=self.system, budget=budget)
+    def options(self, budget: str | None) -> AskOptions:
+        """How the model is asked; for more than one token of an answer the engine sees to it that there is room."""
+        return AskOptions(1, history=self.history, system=self.system, budget=budget)
 
 
 def read_conversation(request: ChatRequest) -> Conversation:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from hourllava.errors import BusyError, HourLlavaError
+from hourllava.errors import BusyError, HourLlavaError, InputError
 from hourllava.model import Prepared
 
 from .batch import DecodingBatch
@@ -148,10 +148,14 @@ class Engine:
                     break
                 room = len(self._running) < self._max_batch
                 ticket = self._waiting.popleft() if room and self._waiting else None
-            if ticket is not None:
-                self._begin(ticket)
-            if self._running:
-                self._advance()
+            try:
+                if ticket is not None:
+                    self._begin(ticket)
+                if self._running:
+                    self._advance()
+            except Exception as error:  # what is left of the batch is not to be trusted
+                self._fail([answer.ticket for answer in self._running], error)
+                self._running, self._batch = [], DecodingBatch(self._model)
         for answer in self._running:
             self._tell(answer.ticket, Ended("cancelled", answer.written))
         for ticket in self._waiting:
@@ -167,8 +171,8 @@ class Engine:
         before = len(self._batch)
         try:
             prepared = ticket.prepare()
-            length, limit = prepared.embeds.shape[1], self._model.config.text_config.max_position_embeddings
-            room = min(ticket.sampling.max_new_tokens or limit, limit - length)
+            length = prepared.embeds.shape[1]
+            room = self._room(length, ticket.sampling.max_new_tokens)
             chooser = Chooser(ticket.sampling, prepared.embeds.device)
             answer = _Answer(ticket, chooser, Wording(self._model.tokenizer, ticket.sampling.stop), room)
             self._tell(ticket, Began(length, prepared.mass))
@@ -176,22 +180,29 @@ class Engine:
             self._running.append(answer)
             self._take([answer], [chooser.choose(logits)])
         except Exception as error:
-            self._batch.keep(list(range(before)))
-            self._running = [other for other in self._running if other.ticket is not ticket]
             self._fail([ticket], error)
+            self._running = [other for other in self._running if other.ticket is not ticket]
+            self._batch.keep(list(range(before)))
             return
         self._drop_done()
 
+    def _room(self, length: int, asked: int | None) -> int:
+        """How many tokens an answer to a prompt of so many rows may take.
+
+        Raises:
+            InputError: more are asked for than the decoder has room for.
+        """
+        room = self._model.config.text_config.max_position_embeddings - length
+        if asked is not None and asked > room:
+            why = f"{asked} are asked for, but beside the question's {length} the decoder has room for {room}"
+            raise InputError("max_tokens", why, "ask for fewer, or leave it out")
+        return asked or room
+
     def _advance(self) -> None:
         """One more token for each running answer."""
-        try:
-            last = torch.tensor([answer.token for answer in self._running], device=self._model.device)
-            logits = self._batch.step(last)
-            self._take(self._running, [a.chooser.choose(row) for a, row in zip(self._running, logits, strict=True)])
-        except Exception as error:
-            self._fail([answer.ticket for answer in self._running], error)
-            self._running, self._batch = [], DecodingBatch(self._model)
-            return
+        last = torch.tensor([answer.token for answer in self._running], device=self._model.device)
+        logits = self._batch.step(last)
+        self._take(self._running, [a.chooser.choose(row) for a, row in zip(self._running, logits, strict=True)])
         self._drop_done()
 
     def _take(self, answers: list[_Answer], tokens: list[Tensor]) -> None:

@@ -14,7 +14,7 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from hourllava.errors import SourceError
 
-from .files import PARTIAL, PartialFile, Stop, Stopped, too_large
+from .files import PARTIAL, PartialFile, Stop, Stopped, too_large, unwritable
 from .sources import Source, SourcePolicy, identify, regular_file, without_secrets
 
 PIECE = 1 << 20  # bytes, or letters of base64, at a time; a multiple of 4
@@ -42,6 +42,7 @@ def fetch(source: Source, policy: SourcePolicy, path: Path, stop: Stop) -> Path:
     Raises:
         SourceError: it cannot be had, or is not what it is said to be.
         SourceSizeError: it has too many bytes.
+        StorageError: the disk is full.
         Stopped: it was told to stop.
     """
     if source.kind == "file":
@@ -152,7 +153,10 @@ def _decode(text: str, policy: SourcePolicy, path: Path) -> None:
 
 def _decode_frames(text: str, policy: SourcePolicy, path: Path) -> None:
     """Write the JPEGs of a data: URL, which commas divide, to a folder."""
-    partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=path.parent))
+    try:
+        partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=path.parent))
+    except OSError as error:
+        raise unwritable("data: URL", error) from error
     begin, number, total = text.index(",") + 1, 0, 0
     try:
         while begin <= len(text):

@@ -10,7 +10,7 @@ from pathlib import Path
 from threading import Event
 from types import TracebackType
 
-from hourllava.errors import SourceError, SourceSizeError
+from hourllava.errors import SourceError, SourceSizeError, StorageError
 from hourllava.memory import format_size
 
 PARTIAL = ".part-"  # begins the names of what is not all there yet
@@ -55,7 +55,7 @@ class PartialFile:
         what: how to call it in errors.
 
     Raises:
-        SourceError: it cannot be made.
+        StorageError: it cannot be made.
     """
 
     def __init__(self, path: Path, limit: int, what: str) -> None:
@@ -70,7 +70,7 @@ class PartialFile:
 
         Raises:
             SourceSizeError: they are too many.
-            SourceError: the disk is full. After either nothing is left of it.
+            StorageError: the disk is full. After either nothing is left of it.
         """
         self.size += len(data)
         if self.size > self._limit:
@@ -83,7 +83,8 @@ class PartialFile:
         """Give it its name.
 
         Raises:
-            SourceError: it holds nothing, or the disk is full.
+            SourceError: it holds nothing.
+            StorageError: the disk is full.
         """
         if not self.size:
             self.abort()
@@ -111,8 +112,12 @@ class PartialFile:
         except OSError as error:
             if hasattr(self, "_partial"):
                 self.abort()
-            why = f"it cannot be written to the disk ({error.strerror})"
-            raise SourceError(self._what, why, "free some space on the server") from error
+            raise unwritable(self._what, error) from error
+
+
+def unwritable(what: str, error: OSError) -> StorageError:
+    """The error of what the disk does not take."""
+    return StorageError(what, f"it cannot be written to the disk ({error.strerror})", "free some space on the server")
 
 
 def too_large(what: str, size: int | None, limit: int) -> SourceSizeError:

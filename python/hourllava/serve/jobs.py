@@ -156,7 +156,7 @@ class Upload:
 
         Raises:
             SourceSizeError: they are too many.
-            SourceError: the disk is full. After either nothing is left of the upload.
+            StorageError: the disk is full. After either nothing is left of the upload.
         """
         self._file.write(data)
 
@@ -164,7 +164,8 @@ class Upload:
         """The file is whole: it is watched when its turn comes.
 
         Raises:
-            SourceError: it holds nothing, or the disk is full.
+            SourceError: it holds nothing.
+            StorageError: the disk is full.
             SourceConflictError: meanwhile another video has got the name.
             BusyError: too many videos wait to be watched.
         """
@@ -196,7 +197,8 @@ class LiveMemory:
 
         Raises:
             InputError: they are no such frames.
-            MemoryFileError: it has been stopped or closed, or the disk is full, which ends it.
+            MemoryFileError: it has been stopped or closed.
+            StorageError: the disk is full, which ends it.
         """
         if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3 or 0 in frames.shape:
             why = f"they are {tuple(frames.shape)} of {str(frames.dtype).removeprefix('torch.')}"

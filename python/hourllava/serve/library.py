@@ -2,12 +2,13 @@
 """The videos that a server knows: each is watched once, kept in a repository, and asked by any number of threads."""
 
 import threading
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hourllava.errors import BusyError, HourLlavaError, InputError, SourceConflictError, SourceError
+from hourllava.errors import BusyError, HourLlavaError, InputError, MemoryFileError, SourceConflictError, SourceError
 from hourllava.memory import HeldMemory, MemoryPool, TierUsage
 from hourllava.memory.repository import check_name
 from hourllava.model import FrameWriter
@@ -78,7 +79,8 @@ class Library:
             SourceConflictError: the name stands for a video of another source.
             UnknownMemoryError: no source is given, and there is no such video.
             Exception: no source is given, and what the video failed with before its first second.
-            MemoryFileError: the name is no name for a folder, or the disk is full.
+            MemoryFileError: the name is no name for a folder.
+            StorageError: the disk is full.
             BusyError: too many videos wait to be watched.
         """
         if source is None and name is None:
@@ -115,7 +117,7 @@ class Library:
         Raises:
             SourceConflictError: there is a video of that name.
             MemoryFileError: the name is no name for a folder.
-            SourceError: the disk is full.
+            StorageError: the disk is full.
         """
         self._check_free(name)
         file = PartialFile(self._shelf.film(name), self._policy.max_bytes, name)
@@ -125,7 +127,11 @@ class Library:
                 self._check_free(name)
                 self._check_queue(name)
                 file.commit()
-                self._begin(Job(name, UPLOADED))
+                try:
+                    self._begin(Job(name, UPLOADED))
+                except BaseException:
+                    self._shelf.film(name).unlink()  # of no video
+                    raise
 
         return Upload(file, watch)
 
@@ -204,7 +210,17 @@ class Library:
             AdmissionError: its pages do not fit into the budget, or not as long as others are being asked.
         """
         self._shelf.video(name)
-        return self._pool.use(name)
+        return self._held(name)
+
+    @contextmanager
+    def _held(self, name: str) -> Iterator[HeldMemory]:
+        with ExitStack() as stack:
+            try:
+                memory = stack.enter_context(self._pool.use(name))
+            except MemoryFileError as error:
+                self._shelf.video(name)  # it may have been deleted meanwhile: that is what is told then
+                raise self._shelf.as_told(error) from error
+            yield memory
 
     def status(self, name: str) -> Status:
         """How far a video is.

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from hourllava.errors import InputError
+from hourllava.errors import InputError, SourceError
 
 from .fetching import fetch
 from .files import Stop
@@ -58,8 +58,11 @@ def _bytes_of(url: str, policy: SourcePolicy) -> bytes:
     source = identify(url, policy)
     with tempfile.TemporaryDirectory() as folder:
         path = fetch(source, replace(policy, max_bytes=MAX_BYTES), Path(folder) / "picture", Stop())
-        with path.open("rb") as file:
-            return file.read(MAX_BYTES)
+        try:
+            with path.open("rb") as file:
+                return file.read(MAX_BYTES)
+        except OSError as error:
+            raise SourceError(url, f"it cannot be read ({error.strerror})", "check the file's permissions") from error
 
 
 def decode_picture(data: bytes, what: str) -> Image.Image:

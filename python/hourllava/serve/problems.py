@@ -20,6 +20,7 @@ from hourllava.errors import (
     SourceConflictError,
     SourceError,
     SourceSizeError,
+    StorageError,
     UnknownMemoryError,
     VideoError,
 )
@@ -34,6 +35,7 @@ _TABLE: tuple[tuple[type[HourLlavaError], int, str, str | None, int | None], ...
     (SourceConflictError, 409, INVALID, "other_source", None),
     (SourceSizeError, 413, INVALID, "too_large", None),
     (SourceError, 400, INVALID, "source_unusable", None),
+    (StorageError, 507, SERVER, "no_space", None),
     (MemoryFileError, 500, SERVER, "memory_unreadable", None),
     (ModelError, 500, SERVER, "model_unusable", None),
     (QuestionError, 400, INVALID, None, None),

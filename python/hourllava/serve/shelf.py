@@ -5,7 +5,7 @@ import fcntl
 import shutil
 from pathlib import Path
 
-from hourllava.errors import UnknownMemoryError
+from hourllava.errors import HourLlavaError, UnknownMemoryError
 from hourllava.memory import MemoryWriter, Repository, VideoMemory
 from hourllava.memory.catalogue import Source as Mark
 from hourllava.memory.catalogue import Video
@@ -56,6 +56,10 @@ class Shelf:
     def without_place(self, text: str) -> str:
         """A text with names in place of paths: where the server keeps its files is nobody's business."""
         return text.replace(f"{self._films}/", "").replace(f"{self.repository.folder}/", "")
+
+    def as_told(self, error: HourLlavaError) -> HourLlavaError:
+        """The same error without paths of the server."""
+        return type(error)(*map(self.without_place, (error.what, error.why, error.todo)))
 
     def find(self, name: str) -> Video | None:
         """The video of that name, if there is one."""

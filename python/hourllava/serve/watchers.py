@@ -66,7 +66,7 @@ class Watchers:
         """Whatever happens: the memory is closed, the job is over, and who waits for it hears of it."""
         if isinstance(error, HourLlavaError):
             logger.warning("%s: %s", job.name, error)
-            error = type(error)(*map(self._shelf.without_place, (error.what, error.why, error.todo)))
+            error = self._shelf.as_told(error)
         elif error is not None:
             logger.error("%s: watching failed", job.name, exc_info=error)
         try:
