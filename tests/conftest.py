@@ -11,6 +11,10 @@ if find_spec("triton") and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--vllm", metavar="URL", help="a vLLM server of the decoder of `tiny`, for serve/test_remote.py")
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport() -> Iterator[None]:
     """On a GPU job nothing is skipped: what could not run has failed."""

@@ -18,9 +18,9 @@ from hourllava.errors import BusyError, SourceConflictError, UnknownMemoryError
 from hourllava.memory import TierUsage
 from hourllava.model import Prepared
 from hourllava.serve.answering import Service
-from hourllava.serve.engine import Began, Ended, Event, Failed, Ticket, Written
 from hourllava.serve.jobs import Status
 from hourllava.serve.metrics import Metrics
+from hourllava.serve.questions import Began, Ended, Event, Failed, Ticket, Written
 from hourllava.serve.running import Server
 from hourllava.serve.sources import SourcePolicy
 

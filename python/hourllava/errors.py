@@ -47,6 +47,10 @@ class BusyError(HourLlavaError):
     """A server has as much to do as it takes on; the same question can be asked again."""
 
 
+class DecoderError(HourLlavaError):
+    """The server that is to write the answers cannot be reached, refuses, or breaks off."""
+
+
 class UnknownMemoryError(MemoryFileError):
     """There is no memory of that name."""
 

@@ -26,6 +26,8 @@ from hourllava.cli.serve import listen, read_key
         (["--budget", "1"], "a page takes"),
         (["--budget", "4000TiB"], "it cannot be allocated"),
         (["--memories", "file"], "it cannot be made"),
+        (["--decoder", "localhost:8001"], "it is no address; give one as http://127.0.0.1:8001"),
+        (["--decoder", "http://127.0.0.1:9"], "it cannot be reached (Connection refused); start `vllm serve"),
     ],
 )
 def test_what_cannot_be_served(

@@ -27,8 +27,8 @@ from hourllava.errors import (
     UnknownMemoryError,
     VideoError,
 )
-from hourllava.serve.engine import Ended, Written
 from hourllava.serve.problems import problem_of
+from hourllava.serve.questions import Ended, Written
 
 MOMENTS = [
     {"start": 2.0, "end": 4.0, "share": 0.75, "label": "00:02-00:03"},

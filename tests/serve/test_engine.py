@@ -2,11 +2,11 @@
 """The engine: answers written together are the ones that are written alone, and each fails, ends and is cut alone."""
 
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 
 import pytest
 import torch
+from listeners import DEADLINE, QUESTIONS, Listener, asks
 from memories import make_frames
 
 from hourllava import VideoMemory
@@ -14,33 +14,6 @@ from hourllava.errors import BusyError, InputError, QuestionError
 from hourllava.model import AskOptions, HourLlavaForConditionalGeneration, Prepared, prepare
 from hourllava.serve import Began, Ended, Engine, Event, Failed, Sampling, Ticket, Written
 from hourllava.serve.batch import DecodingBatch
-
-QUESTIONS = ["What falls?", "Where does it fall, and when?", "Who saw it?", "Why?"]
-DEADLINE = 60  # seconds that no test comes near
-
-
-@dataclass
-class Listener:
-    """Collects what happens to one question."""
-
-    events: list[Event] = field(default_factory=list)
-    done: threading.Event = field(default_factory=threading.Event)
-    hook: Callable[[Event], object] = lambda event: None
-
-    def __call__(self, event: Event) -> None:
-        self.events.append(event)
-        self.hook(event)
-        if isinstance(event, Ended | Failed):
-            self.done.set()
-
-    @property
-    def text(self) -> str:
-        return "".join(event.text for event in self.events if isinstance(event, Written))
-
-    @property
-    def last(self) -> Event:
-        assert self.done.wait(DEADLINE)
-        return self.events[-1]
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +26,6 @@ def engine(model: HourLlavaForConditionalGeneration) -> Iterator[Engine]:
     engine = Engine(model, max_batch=3)
     yield engine
     engine.close()
-
-
-def asks(
-    model: HourLlavaForConditionalGeneration, memory: VideoMemory, question: str, **options: object
-) -> Callable[[], Prepared]:
-    return lambda: prepare(model, memory, question, AskOptions(**options))  # type: ignore[arg-type]
 
 
 def test_answers_written_together_are_those_written_alone(model, memory, engine) -> None:

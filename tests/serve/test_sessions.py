@@ -15,7 +15,7 @@ from servers import ANSWER, PATIENCE, Client, Scripted, serving, until
 from websockets.exceptions import ConnectionClosed, ConnectionClosedOK, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
-from hourllava.serve.engine import Ended, Written
+from hourllava.serve.questions import Ended, Written
 
 PATH = "/v1/video/chat/stream"
 

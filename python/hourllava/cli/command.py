@@ -222,11 +222,14 @@ def _add_retrieval_report(commands: "argparse._SubParsersAction[argparse.Argumen
 def _add_convert(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     convert = commands.add_parser(
         "convert",
-        help="write a model in the original's layout",
+        help="write a model in the original's layout, or its decoder alone",
         description=(
             "Write a model as the original's code reads it: its names, its shapes, its config.json, bit for bit. "
             "The other way needs no conversion: --model takes the original's checkpoints as they are."
         ),
+    )
+    convert.add_argument(
+        "--decoder", action="store_true", help="write the decoder alone, a Qwen2 that vLLM and transformers know"
     )
     convert.add_argument("model", metavar="MODEL", help="a preset or a model's directory")
     convert.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="a new folder")
@@ -338,11 +341,14 @@ def _retrieval_report(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from hourllava.model import convert_to_original
+    from hourllava.model import convert_decoder, convert_to_original
     from hourllava.model.loading import model_folder
 
-    files = convert_to_original(model_folder(args.model), args.output, args.vision_tower)
-    print(f"{args.output}: config.json and {', '.join(files)} in the original's layout")
+    convert, what = (
+        (convert_decoder, "of a Qwen2") if args.decoder else (convert_to_original, "in the original's layout")
+    )
+    files = convert(model_folder(args.model), args.output, args.vision_tower)
+    print(f"{args.output}: config.json and {', '.join(files)} {what}")
     return EXIT_OK
 
 

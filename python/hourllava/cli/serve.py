@@ -43,8 +43,12 @@ def add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help="bytes of the model's device for pages of memories that are asked (default: 4GiB)",
     )
     parser.add_argument(
-        "--batch", metavar="N", type=whole(1, 1024), default=8, help="answers that are written together (default: 8)"
+        "--decoder",
+        metavar="URL",
+        help="a vLLM server of the model's decoder, which writes the answers (default: they are written here)",
     )
+    together = "answers that are written together (default: 8, with --decoder 64)"
+    parser.add_argument("--batch", metavar="N", type=whole(1, 1024), help=together)
     parser.add_argument(
         "--api-key-file",
         metavar="FILE",
@@ -129,7 +133,7 @@ def listen(host: str, port: int) -> socket.socket:
 def _serve(args: argparse.Namespace, taken: socket.socket, key: str | None, local: bool) -> int:
     from hourllava.memory import parse_size
     from hourllava.model import best_device, load_model
-    from hourllava.serve import Engine
+    from hourllava.serve import Engine, RemoteDecoder, RemoteEngine
     from hourllava.serve.answering import Service
     from hourllava.serve.library import Library
     from hourllava.serve.metrics import Metrics
@@ -139,9 +143,12 @@ def _serve(args: argparse.Namespace, taken: socket.socket, key: str | None, loca
     logging.basicConfig(level=logging.WARNING, format="hourllava: %(message)s")
     policy = SourcePolicy(args.local, tuple(args.domain), parse_size(args.upload_limit))
     parse_size(args.budget)  # before the model is read
-    model = load_model(args.model, device=best_device())
+    decoder = None if args.decoder is None else RemoteDecoder(args.decoder)
+    if decoder is not None:
+        decoder.served()  # likewise
+    model = load_model(args.model, device=best_device(), decoder=decoder is None)
+    engine = Engine(model, args.batch or 8) if decoder is None else RemoteEngine(model, decoder, args.batch or 64)
     library = Library(model, args.memories, args.budget, policy, args.keep_videos)
-    engine = Engine(model, args.batch)
     name = Path(args.model).name or str(args.model)
     service = Service(model, name, engine, library, Metrics(engine, library), policy, key, local)
     host, port = taken.getsockname()[:2]
@@ -169,6 +176,7 @@ def _tell(args: argparse.Namespace, name: str, address: str, key: str | None) ->
             "key": "asked for" if key else "none: this machine only",
             "page": f"{address}/",
             "API": f"{address}/v1",
+            **({"decoder": args.decoder} if args.decoder else {}),
         },
     )
     if console.is_terminal:

@@ -4,7 +4,7 @@
 from .asking import Answer, AskOptions, Moment, Prepared, find_moments, prepare
 from .budget import Budget
 from .configuration import HourLlavaConfig, tiny_config
-from .conversion import convert_to_original
+from .conversion import convert_decoder, convert_to_original
 from .loading import best_device, load_model
 from .modeling import HourLlavaForConditionalGeneration
 from .parts import parts_table
@@ -27,6 +27,7 @@ __all__ = [
     "best_device",
     "build_example",
     "build_prompt",
+    "convert_decoder",
     "convert_to_original",
     "find_moments",
     "load_model",

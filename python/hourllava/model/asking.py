@@ -127,6 +127,7 @@ def ask(model: "HourLlavaForConditionalGeneration", memory: Memory, question: st
         attention_mask=torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device),
         max_new_tokens=options.max_new_tokens,
         do_sample=False,
+        repetition_penalty=1.0,  # whatever generation_config the checkpoint came with
         eos_token_id=end,
         pad_token_id=end,
         output_logits=True,

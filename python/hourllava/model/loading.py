@@ -23,6 +23,7 @@ def load_model(
     name: str | os.PathLike[str] = "tiny",
     vision_tower: str | os.PathLike[str] | None = None,
     device: torch.device | str = "cpu",
+    decoder: bool = True,
 ) -> HourLlavaForConditionalGeneration:
     """A model ready to watch and to answer.
 
@@ -31,6 +32,8 @@ def load_model(
             `save_pretrained` or the original wrote them.
         vision_tower: a directory with the tower's own repository, for checkpoints that hold no tower.
         device: where it runs; `best_device()` is a GPU if there is one.
+        decoder: False lets go of the decoder's layers and head before the rest goes to the device: it watches and
+            prepares questions, and another program, such as vLLM, writes the answers.
 
     Raises:
         ModelError: there is no such preset or directory, or it is not whole.
@@ -42,7 +45,23 @@ def load_model(
         model = HourLlavaForConditionalGeneration.from_pretrained(folder, vision_tower=vision_tower).eval()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(name, str(error).splitlines()[0], "give a directory that save_pretrained wrote") from error
+    if not decoder:
+        model.model.layers, model.lm_head = _LeftOut(), _LeftOut()  # type: ignore[assignment]
     return model.to(device)  # type: ignore[arg-type]
+
+
+class _LeftOut(torch.nn.Module):
+    """Stands where a model loaded without its decoder has none; whatever needs it is a ModelError."""
+
+    def __getitem__(self, number: object) -> None:
+        raise ModelError("model", "it was loaded without its decoder", "load it with decoder=True")
+
+    def forward(self, *args: object, **kwargs: object) -> None:
+        """Raise ModelError."""
+        self[0]
+
+    def _save_to_state_dict(self, *args: object, **kwargs: object) -> None:
+        self[0]
 
 
 def best_device(number: int | None = None) -> torch.device:

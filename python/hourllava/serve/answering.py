@@ -18,11 +18,11 @@ from hourllava.model import Moment, Prepared, find_moments, prepare
 from hourllava.model.budget import as_budget
 
 from .chat import Conversation
-from .engine import Began, Ended, Engine, Event, Failed, Ticket, Written
 from .metrics import Metrics
 from .pictures import load_pictures
 from .problems import ApiError
 from .prompts import prepare_pictures
+from .questions import Began, Ended, Event, Failed, Questions, Ticket, Written
 from .schemas import Wishes
 from .sources import SourcePolicy
 
@@ -51,7 +51,7 @@ class Service:
 
     model: "HourLlavaForConditionalGeneration"
     model_name: str
-    engine: Engine
+    engine: Questions
     library: "Library"
     metrics: Metrics
     policy: SourcePolicy

@@ -1,73 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine of a server: one thread that prepares questions as they come and writes all running answers together."""
 
-import logging
-import threading
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from hourllava.errors import BusyError, HourLlavaError, InputError
-from hourllava.model import Prepared
-
 from .batch import DecodingBatch
-from .wording import Chooser, Sampling, Wording
+from .questions import Began, Ended, Questions, Ticket, Written, room_for
+from .wording import Chooser, Wording
 
 if TYPE_CHECKING:
     from hourllava.model import HourLlavaForConditionalGeneration
-
-_log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Began:
-    """A question has been prepared; its answer follows."""
-
-    prompt_tokens: int  # rows that the decoder reads
-    mass: Tensor | None  # (T,) float32: each second's share of the question's attention; None without a memory
-
-
-@dataclass(frozen=True)
-class Written:
-    """Some more of an answer."""
-
-    text: str  # whole characters
-
-
-@dataclass(frozen=True)
-class Ended:
-    """An answer is complete."""
-
-    reason: Literal["stop", "length", "cancelled"]
-    completion_tokens: int
-
-
-@dataclass(frozen=True)
-class Failed:
-    """There will be no answer, or no more of it."""
-
-    error: Exception
-
-
-Event = Began | Written | Ended | Failed
-
-
-@dataclass(eq=False)
-class Ticket:
-    """A question that was handed in."""
-
-    prepare: Callable[[], Prepared]
-    sampling: Sampling
-    on_event: Callable[[Event], None]
-    cancelled: bool = field(default=False, init=False)
-
-    def cancel(self) -> None:
-        """Write no more of the answer; it ends as "cancelled" unless it is complete."""
-        self.cancelled = True
 
 
 @dataclass(eq=False)
@@ -82,7 +27,7 @@ class _Answer:
     written: int = 0
 
 
-class Engine:
+class Engine(Questions):
     """Answers questions of any number of threads.
 
     A question is prepared (forgetting, retrieval, MemAug, the decoder's reading of the prompt) when there is room for
@@ -95,48 +40,12 @@ class Engine:
     """
 
     def __init__(self, model: "HourLlavaForConditionalGeneration", max_batch: int = 8, max_waiting: int = 256) -> None:
-        self._model, self._max_batch, self._max_waiting = model, max_batch, max_waiting
+        super().__init__(max_waiting)
+        self._model, self._max_batch = model, max_batch
         self._end = model.tokenizer.convert_tokens_to_ids("<|im_end|>")
-        self._changed = threading.Condition()
-        self._waiting: deque[Ticket] = deque()
         self._running: list[_Answer] = []
         self._batch = DecodingBatch(model)
-        self._closing = False
-        self._thread = threading.Thread(target=self._run, name="answers", daemon=True)
         self._thread.start()
-
-    def submit(self, prepare: Callable[[], Prepared], sampling: Sampling, on_event: Callable[[Event], None]) -> Ticket:
-        """Hand in a question.
-
-        Args:
-            prepare: makes the decoder's input, on the engine's thread; what it raises ends the question alone.
-            sampling: how the answer is written.
-            on_event: told what happens, on the engine's thread, which it must not hold up: `Began` unless the question
-                fails or is cancelled before, `Written` as text comes, and in the end once `Ended` or `Failed`.
-
-        Raises:
-            BusyError: too many questions are waiting, or the engine has been closed.
-        """
-        ticket = Ticket(prepare, sampling, on_event)
-        with self._changed:
-            if self._closing:
-                raise BusyError("server", "it is being closed", "ask again when it has been started again")
-            if len(self._waiting) >= self._max_waiting:
-                raise BusyError("server", f"{len(self._waiting)} questions are waiting", "ask again in a moment")
-            self._waiting.append(ticket)
-            self._changed.notify()
-        return ticket
-
-    def counts(self) -> tuple[int, int]:
-        """Questions that wait, and answers that are being written."""
-        return len(self._waiting), len(self._running)
-
-    def close(self) -> None:
-        """End all answers as "cancelled", and the thread."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
-        self._thread.join()
 
     @torch.no_grad()
     def _run(self) -> None:
@@ -158,10 +67,8 @@ class Engine:
                 self._running, self._batch = [], DecodingBatch(self._model)
         for answer in self._running:
             self._tell(answer.ticket, Ended("cancelled", answer.written))
-        for ticket in self._waiting:
-            self._tell(ticket, Ended("cancelled", 0))
         self._running, self._batch = [], DecodingBatch(self._model)
-        self._waiting.clear()
+        self._cancel_waiting()
 
     def _begin(self, ticket: Ticket) -> None:
         """Prepare a question and choose the first token of its answer."""
@@ -172,7 +79,8 @@ class Engine:
         try:
             prepared = ticket.prepare()
             length = prepared.embeds.shape[1]
-            room = self._room(length, ticket.sampling.max_new_tokens)
+            limit = self._model.config.text_config.max_position_embeddings
+            room = room_for(limit, length, ticket.sampling.max_new_tokens)
             chooser = Chooser(ticket.sampling, prepared.embeds.device)
             answer = _Answer(ticket, chooser, Wording(self._model.tokenizer, ticket.sampling.stop), room)
             self._tell(ticket, Began(length, prepared.mass))
@@ -185,18 +93,6 @@ class Engine:
             self._batch.keep(list(range(before)))
             return
         self._drop_done()
-
-    def _room(self, length: int, asked: int | None) -> int:
-        """How many tokens an answer to a prompt of so many rows may take.
-
-        Raises:
-            InputError: more are asked for than the decoder has room for.
-        """
-        room = self._model.config.text_config.max_position_embeddings - length
-        if asked is not None and asked > room:
-            why = f"{asked} are asked for, but beside the question's {length} the decoder has room for {room}"
-            raise InputError("max_tokens", why, "ask for fewer, or leave it out")
-        return asked or room
 
     def _advance(self) -> None:
         """One more token for each running answer."""
@@ -233,16 +129,3 @@ class Engine:
     def _write(self, answer: _Answer, text: str) -> None:
         if text:
             self._tell(answer.ticket, Written(text))
-
-    def _fail(self, tickets: list[Ticket], error: Exception) -> None:
-        if not isinstance(error, HourLlavaError):
-            _log.exception("an answer failed")
-        for ticket in tickets:
-            self._tell(ticket, Failed(error))
-
-    def _tell(self, ticket: Ticket, event: Event) -> None:
-        try:
-            ticket.on_event(event)
-        except Exception:  # nobody listens any more
-            _log.exception("an answer has nobody to go to")
-            ticket.cancel()

@@ -11,8 +11,8 @@ from prometheus_client.registry import Collector
 from .jobs import State
 
 if TYPE_CHECKING:
-    from .engine import Engine
     from .library import Library
+    from .questions import Questions
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
@@ -28,7 +28,7 @@ class Metrics:
         completion_tokens: tokens of answers.
     """
 
-    def __init__(self, engine: "Engine", library: "Library") -> None:
+    def __init__(self, engine: "Questions", library: "Library") -> None:
         self._registry = registry = CollectorRegistry()
         self.requests = Counter("hourllava_requests", "Responses.", ("route", "status"), registry=registry)
         self.first_text = Histogram(
@@ -49,7 +49,7 @@ class Metrics:
 class _State(Collector):
     """What is true at the moment of asking."""
 
-    def __init__(self, engine: "Engine", library: "Library") -> None:
+    def __init__(self, engine: "Questions", library: "Library") -> None:
         self._engine, self._library = engine, library
 
     def describe(self) -> list[Metric]:

@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from hourllava.errors import (
     AdmissionError,
     BusyError,
+    DecoderError,
     HourLlavaError,
     InputError,
     MemoryBusyError,
@@ -30,6 +31,7 @@ INVALID, SERVER, RATE = "invalid_request_error", "server_error", "rate_limit_err
 _TABLE: tuple[tuple[type[HourLlavaError], int, str, str | None, int | None], ...] = (
     (BusyError, 429, RATE, "busy", 1),
     (AdmissionError, 503, SERVER, "no_room", 5),
+    (DecoderError, 502, SERVER, "decoder", 5),
     (UnknownMemoryError, 404, INVALID, "not_found", None),
     (MemoryBusyError, 409, INVALID, "in_use", None),
     (SourceConflictError, 409, INVALID, "other_source", None),
