@@ -10,6 +10,7 @@ import io
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -182,7 +183,12 @@ def test_several_tokens_at_a_time_and_events_without_any(model, memory, stand_in
     stand_in.change, listener = bundled, Listener()
     engine.submit(asks(model, memory, QUESTIONS[1]), Sampling(9), listener)
     assert listener.last == Ended("length", 9)
-    assert listener.text == model.ask(memory, QUESTIONS[1], max_new_tokens=9).text
+    whole = model.ask(memory, QUESTIONS[1], max_new_tokens=9).text
+    assert listener.text == whole
+    engine.submit(asks(model, memory, QUESTIONS[1]), Sampling(9, stop=(whole[1],)), stopped := Listener())
+    assert stopped.last.reason == "stop"
+    assert stopped.last.completion_tokens < 9
+    assert stopped.text == whole[: whole.index(whole[1])].rstrip()
 
 
 def halt(pieces: list[Piece], *last: Piece | bytes) -> Iterator[Piece | bytes]:
@@ -290,6 +296,7 @@ def test_no_more_than_so_many_at_a_time(model, memory, stand_in) -> None:
         engine.submit(asks(model, memory, QUESTIONS[0]), Sampling(3), listener)
     with pytest.raises(BusyError, match="2 questions are waiting"):
         engine.submit(asks(model, memory, QUESTIONS[0]), Sampling(3), Listener())
+    time.sleep(0.2)  # in which a question would be taken, if more might run
     assert engine.counts() == (2, 2)
     more.set()
     assert [listener.last for listener in listeners] == [Ended("length", 3)] * 4

@@ -77,7 +77,7 @@ class RemoteDecoder:
             DecoderError: the server cannot be reached, refuses, or breaks off.
         """
         packed = io.BytesIO()
-        torch.save(rows.cpu().clone(), packed)  # a view would bring all that it is a view of
+        torch.save(rows.cpu(), packed)
         prompt = base64.b64encode(packed.getvalue()).decode()
         body = {"prompt_embeds": prompt, "stream": True, "return_token_ids": True, **options}
         with self._response("POST", "/v1/completions", body, ticket) as response:
@@ -207,7 +207,7 @@ class RemoteEngine(Questions):
         pieces = self._decoder.write(rows, ticket, **options, stop_token_ids=[self._end])
         with contextlib.closing(pieces):
             for tokens, ended in pieces:
-                reason = ended or reason
+                reason = ended
                 for token in tokens:
                     if token != self._end and not wording.stopped:
                         written += 1
