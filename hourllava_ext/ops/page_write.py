@@ -2,6 +2,8 @@
 import torch
 from torch import Tensor
 
+from hourllava_ext.library import refuse_second_derivative, register_fake
+
 
 def page_write(
     key: Tensor,
@@ -68,7 +70,7 @@ def page_write_(
     )
 
 
-@torch.library.register_fake("hourllava_ext::page_write")
+@register_fake("page_write")
 def _fake(key, value, position_ids, slots, inv_freq, num_pages, page_size=128):  # type: ignore[no-untyped-def]
     _, heads, width = key.shape
     pages = (num_pages, heads, page_size, width)
@@ -77,12 +79,12 @@ def _fake(key, value, position_ids, slots, inv_freq, num_pages, page_size=128): 
     return key.new_empty(pages), key.new_empty(pages), summary, key.new_empty(num_pages, dtype=torch.int32)
 
 
-@torch.library.register_fake("hourllava_ext::page_write_")
+@register_fake("page_write_")
 def _fake_(key, value, position_ids, slots, inv_freq, *pools) -> None:  # type: ignore[no-untyped-def]
     return None
 
 
-@torch.library.register_fake("hourllava_ext::page_write_backward")
+@register_fake("page_write_backward")
 def _fake_backward(grad_key_pages, grad_value_pages, position_ids, slots, inv_freq):  # type: ignore[no-untyped-def]
     _, heads, _, width = grad_key_pages.shape
     shape = (slots.shape[0], heads, width)
@@ -102,3 +104,4 @@ def _backward(ctx, grad_key_pages, grad_value_pages, *_):  # type: ignore[no-unt
 
 
 torch.library.register_autograd("hourllava_ext::page_write", _backward, setup_context=_setup)
+refuse_second_derivative("page_write")

@@ -4,6 +4,8 @@ import math
 import torch
 from torch import Tensor
 
+from hourllava_ext.library import refuse_second_derivative, register_fake
+
 
 def pool_grid(patches: Tensor, grid: int) -> Tensor:
     """Resize each frame's square of ViT patches to ``grid`` x ``grid`` cells, bilinear; differentiable.
@@ -26,12 +28,12 @@ def pool_grid(patches: Tensor, grid: int) -> Tensor:
     return torch.ops.hourllava_ext.pool_grid(patches, grid)
 
 
-@torch.library.register_fake("hourllava_ext::pool_grid")
+@register_fake("pool_grid")
 def _fake(patches: Tensor, grid: int) -> Tensor:
     return patches.new_empty(patches.shape[0], grid * grid, patches.shape[2])
 
 
-@torch.library.register_fake("hourllava_ext::pool_grid_backward")
+@register_fake("pool_grid_backward")
 def _fake_backward(grad: Tensor, grid: int, side: int) -> Tensor:
     return grad.new_empty(grad.shape[0], side * side, grad.shape[2])
 
@@ -46,3 +48,4 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-unty
 
 
 torch.library.register_autograd("hourllava_ext::pool_grid", _backward, setup_context=_setup)
+refuse_second_derivative("pool_grid")

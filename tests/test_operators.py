@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every operator owes to a model of somebody's own, whatever it computes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tools import frequencies
+from torch import Tensor
+
+import hourllava_ext
+
+DIFFERENTIABLE = ["add_norm", "forget", "merge_attention", "page_write", "paged_attention", "pool_grid"]
+
+
+def arguments() -> dict[str, list[Any]]:
+    """Arguments of every operator, by its name."""
+    rows, ids, where = torch.randn(6, 2, 16), torch.arange(6), [torch.arange(6), frequencies(4)]
+    pages, lengths = torch.randn(3, 2, 4, 16), torch.tensor([4, 2, 0], dtype=torch.int32)
+    table, cu_seqlens = torch.tensor([[0, 1]], dtype=torch.int32), torch.tensor([0, 6])
+    summary = torch.randn(3, 2, 3, 16)
+    return {
+        "add_norm": [rows[:, 0], rows[:, 1], torch.ones(16), torch.zeros(16)],
+        "forget": [rows, ids[:3], torch.ones(3, 1, dtype=torch.int64), rows[0, 0]],
+        "keyframe_score": [rows[:, 0]],
+        "merge_attention": [rows[None], torch.zeros(1, 2, 6)],
+        "page_write": [rows, rows + 1, ids, *where, 3, 4],
+        "page_write_": [rows, rows + 1, ids, *where, pages.clone(), pages.clone(), summary, lengths],
+        "paged_attention": [rows, pages, pages.clone(), table, lengths, ids, cu_seqlens, frequencies(4)],
+        "pool_grid": [rows[:4].transpose(0, 1), 1],
+        "retrieve": [rows, ids, cu_seqlens, frequencies(4), summary, table, lengths, 1],
+        "rope": [rows, *where],
+    }
+
+
+def operator(name: str) -> Callable[..., Any]:
+    return getattr(hourllava_ext, name)
+
+
+@pytest.mark.parametrize("name", sorted(arguments().keys() - {"keyframe_score", "pool_grid"}))
+def test_a_tensor_left_on_the_meta_device_is_an_error(name: str) -> None:
+    """A call with one is sent there and computes nothing: its results would be whatever the memory held."""
+    args = arguments()[name]
+    tensors = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+    operator(name)(*args)
+    everything = [a.to("meta") if isinstance(a, Tensor) else a for a in args]
+    operator(name)(*everything)
+    for i in tensors:
+        one = [*args[:i], args[i].to("meta"), *args[i + 1 :]]
+        with pytest.raises(RuntimeError, match=f"{name}: all tensors must be on one device, got some on cpu and meta"):
+            operator(name)(*one)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_a_second_derivative_is_an_error_and_not_zero(name: str) -> None:
+    args = arguments()[name]
+    args[0] = args[0].clone().requires_grad_()
+    out = operator(name)(*args)
+    out = out if isinstance(out, Tensor) else out[0]
+    (first,) = torch.autograd.grad(out.pow(2).sum(), args[0], create_graph=True)
+    with pytest.raises(RuntimeError, match=f"{name}: has no second derivative; .* use hourllava_ext.reference.{name}"):
+        first.pow(2).sum().backward()
