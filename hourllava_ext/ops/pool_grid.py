@@ -1,6 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import math
-
 import torch
 from torch import Tensor
 
@@ -34,17 +32,17 @@ def _fake(patches: Tensor, grid: int) -> Tensor:
 
 
 @register_fake("pool_grid_backward")
-def _fake_backward(grad: Tensor, grid: int, side: int) -> Tensor:
-    return grad.new_empty(grad.shape[0], side * side, grad.shape[2])
+def _fake_backward(grad: Tensor, grid: int, count: int) -> Tensor:
+    return grad.new_empty(grad.shape[0], count, grad.shape[2])
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     patches, ctx.grid = inputs
-    ctx.side = math.isqrt(patches.shape[1])
+    ctx.count = patches.shape[1]
 
 
 def _backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
-    return torch.ops.hourllava_ext.pool_grid_backward(grad, ctx.grid, ctx.side), None
+    return torch.ops.hourllava_ext.pool_grid_backward(grad, ctx.grid, ctx.count), None
 
 
 torch.library.register_autograd("hourllava_ext::pool_grid", _backward, setup_context=_setup)

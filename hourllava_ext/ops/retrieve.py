@@ -54,4 +54,4 @@ def retrieve(
 @register_fake("retrieve")
 def _fake(query, position_ids, cu_seqlens, inv_freq, key_summary, page_table, _, budget, *options):  # type: ignore[no-untyped-def]
     batch, listed = page_table.shape
-    return page_table.new_empty((batch, min(budget, listed)))
+    return page_table.new_empty((batch, torch.sym_min(budget, listed)))

@@ -9,6 +9,7 @@ from tools import (
     CPU_TIERS,
     DTYPES,
     assert_compiles_fullgraph,
+    assert_compiles_once,
     assert_error_rule,
     assert_matches_reference,
     assert_repeatable,
@@ -183,6 +184,16 @@ def test_opcheck() -> None:
 
 def test_fullgraph() -> None:
     assert_compiles_fullgraph(page_write, *make(Shape()))
+
+
+def test_compiles_once_for_memories_of_any_length() -> None:
+    def write(key: Tensor, value: Tensor, position_ids: Tensor, inv_freq: Tensor) -> Any:
+        """As many pages as the tokens fill."""
+        slots = torch.arange(len(key))
+        return page_write(key, value, position_ids, slots, inv_freq, -(-len(key) // 16), 16)
+
+    calls = [make(Shape(tokens=tokens)) for tokens in (37, 50, 79)]
+    assert_compiles_once(write, *([*c[:3], c[4]] for c in calls))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
