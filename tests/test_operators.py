@@ -10,6 +10,7 @@ from tools import frequencies
 from torch import Tensor
 
 import hourllava_ext
+from hourllava_ext import page_write_, paged_attention
 
 DIFFERENTIABLE = ["add_norm", "forget", "merge_attention", "page_write", "paged_attention", "pool_grid"]
 
@@ -61,3 +62,18 @@ def test_a_second_derivative_is_an_error_and_not_zero(name: str) -> None:
     (first,) = torch.autograd.grad(out.pow(2).sum(), args[0], create_graph=True)
     with pytest.raises(RuntimeError, match=f"{name}: has no second derivative; .* use hourllava_ext.reference.{name}"):
         first.pow(2).sum().backward()
+
+
+def test_a_backward_finds_out_that_its_pages_were_written() -> None:
+    arguments_of = arguments()
+    query, keys, values, table, lengths, *rest = arguments_of["paged_attention"]
+    rows = arguments_of["page_write_"][:5]
+    summary = torch.zeros(3, 2, 3, 16)
+    out, _ = paged_attention(query.requires_grad_(), keys, values, table, lengths, *rest)
+    page_write_(*rows, keys, values, summary, lengths)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+    with torch.inference_mode():
+        pools = [torch.zeros_like(p) for p in (keys, values, summary, lengths)]
+    page_write_(*rows, *pools)
+    assert pools[3].tolist() == [4, 2, 0]

@@ -52,7 +52,8 @@ def page_write_(
 ) -> None:
     """``page_write`` into pages that exist, in place and without gradient: what appending to a memory does.
 
-    However the same rows are grouped into calls, the pages end up the same, bit for bit.
+    However the same rows are grouped into calls, the pages end up the same, bit for bit. A backward that needs the
+    pages as they were before is an error. Rows may lie in the pages themselves: they are read before any is written.
 
     Args:
         key, value, position_ids, slots, inv_freq: As for ``page_write``.
@@ -62,12 +63,16 @@ def page_write_(
         page_lengths: Raised to one more than the last written row. (P,) int32, contiguous
 
     Raises:
-        RuntimeError: A shape, dtype or layout differs from the above, or on the CPU a slot is out of range or given
-            twice.
+        RuntimeError: A shape, dtype or layout differs from the above, ``key_pages`` and ``value_pages`` share memory,
+            or on the CPU a slot or the length of a page written to is out of range, or a slot is given twice.
     """
     torch.ops.hourllava_ext.page_write_(
         key, value, position_ids, slots, inv_freq, key_pages, value_pages, key_summary, page_lengths
     )
+    if not torch.compiler.is_compiling():
+        # What has saved the pools for its backward must find out; a compiled graph says so by itself.
+        pools = key_pages, value_pages, key_summary, page_lengths
+        torch.autograd.graph.increment_version([pool for pool in pools if not pool.is_inference()])
 
 
 @register_fake("page_write")
