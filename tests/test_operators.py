@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every operator owes to a model of somebody's own, whatever it computes."""
 
+import struct
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from tools import frequencies
+from tools import CPU_TIERS, assert_matches_reference, cpu_tier, frequencies
 from torch import Tensor
 
 import hourllava_ext
-from hourllava_ext import page_write_, paged_attention
+from hourllava_ext import merge_attention, page_write_, paged_attention, reference
 
+# As float32: what an NVIDIA GPU computes, memory that was filled with ones, and another with low bits.
+NANS = [0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00001]
 DIFFERENTIABLE = ["add_norm", "forget", "merge_attention", "page_write", "paged_attention", "pool_grid"]
 
 
@@ -77,3 +80,32 @@ def test_a_backward_finds_out_that_its_pages_were_written() -> None:
         pools = [torch.zeros_like(p) for p in (keys, values, summary, lengths)]
     page_write_(*rows, *pools)
     assert pools[3].tolist() == [4, 2, 0]
+
+
+@pytest.mark.parametrize("bits", NANS, ids=hex)
+@pytest.mark.parametrize("tier", CPU_TIERS)
+def test_every_nan_stays_one(tier: str, bits: int) -> None:
+    nan = torch.frombuffer(bytearray(struct.pack("<I", bits)), dtype=torch.float32)
+    query, keys, values, *rest = arguments()["paged_attention"]
+    keys[0, 1, 2, 5] = nan
+    lse = torch.randn(3, 2, 6)
+    lse[1, 1, 4] = nan
+    with cpu_tier(tier):
+        out, sums = paged_attention(query, keys, values, *rest)
+        merged, joint = merge_attention(torch.randn(3, 6, 2, 16), lse)
+    assert out[:, 1].isnan().all()
+    assert sums[1].isnan().all()
+    assert out[:, 0].isfinite().all()
+    assert merged[4, 1].isnan().all()
+    assert joint.isnan().nonzero().tolist() == [[1, 4]]
+
+
+@pytest.mark.parametrize("tier", CPU_TIERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_scores_of_minus_infinity_weigh_nothing(dtype: torch.dtype, tier: str) -> None:
+    """Wherever they come: here the first page has no others."""
+    query, keys, values, *rest, _ = arguments()["paged_attention"]
+    args = [query.abs().to(dtype), keys.to(dtype), values.to(dtype), *rest, torch.empty(0)]
+    args[1][0, :, :, 3] = -torch.inf
+    with cpu_tier(tier):
+        assert_matches_reference(paged_attention, reference.paged_attention, *args)
