@@ -38,6 +38,26 @@ def arguments() -> dict[str, list[Any]]:
     }
 
 
+def test_every_operator_is_here() -> None:
+    assert set(arguments()) == set(hourllava_ext.__all__)
+
+
+@pytest.mark.parametrize("name", arguments())
+def test_the_default_device_is_no_concern(name: str) -> None:
+    """Of the references neither, which stand in where a kernel lacks something, on a GPU as well."""
+    args = arguments()[name]
+    for function in (operator(name), getattr(reference, name)):
+        expected, given = (_copies(args) for _ in range(2))
+        results = function(*expected)
+        with torch.device("meta"):
+            torch.testing.assert_close(function(*given), results, rtol=0, atol=0)
+        torch.testing.assert_close(given, expected, rtol=0, atol=0)
+
+
+def _copies(args: list[Any]) -> list[Any]:
+    return [a.clone() if isinstance(a, Tensor) else a for a in args]
+
+
 def operator(name: str) -> Callable[..., Any]:
     return getattr(hourllava_ext, name)
 
