@@ -76,6 +76,12 @@ def test_a_tensor_left_on_the_meta_device_is_an_error(name: str) -> None:
             operator(name)(*one)
 
 
+def test_what_does_not_fit_into_memory_says_so() -> None:
+    """In the words by which torch's users know it, where the stable interface names a line of its own headers."""
+    with pytest.raises(RuntimeError, match=r"^hourllava_ext: (out of memory\. |.*can't allocate memory)"):
+        hourllava_ext.pool_grid(torch.zeros(1, 4, 30_000), 10**5)
+
+
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_a_second_derivative_is_an_error_and_not_zero(name: str) -> None:
     args = arguments()[name]

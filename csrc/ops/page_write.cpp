@@ -163,7 +163,9 @@ bool apart(const Tensor& a, const Tensor& b) {
 
 // Rows that may lie in the pools, as those of a page that is moved do: a copy, as they were before any was written.
 Tensor outside(const Tensor& rows, const Pools& pools) {
-    return apart(rows, pools.key_pages) && apart(rows, pools.value_pages) ? rows : torch::stable::clone(rows);
+    return apart(rows, pools.key_pages) && apart(rows, pools.value_pages)
+               ? rows
+               : explained([&] { return torch::stable::clone(rows); });
 }
 
 void check_pools(const char* op, const Rows& r, const Pools& pools) {
