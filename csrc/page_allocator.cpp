@@ -14,6 +14,10 @@ PageAllocator::PageAllocator(int64_t pages) : references_(pages, 0) {
 
 int64_t PageAllocator::take(const int64_t* shared, int64_t num_shared, int64_t fresh, int64_t* out) {
     const std::lock_guard lock(mutex_);
+    const int64_t total = static_cast<int64_t>(references_.size());
+    for (int64_t i = 0; i < num_shared; ++i) {
+        if (shared[i] < 0 || shared[i] >= total || references_[shared[i]] == 0) return -2;
+    }
     if (fresh > static_cast<int64_t>(free_.size())) return -1;
     Lease lease{{}, 1, State::held, order_.end()};
     lease.pages.reserve(num_shared + fresh);

@@ -24,7 +24,8 @@ class PageAllocator {
     explicit PageAllocator(int64_t pages);
 
     // A new lease of `shared` pages, which others hold already, and of `fresh` free ones, written to `out`. It is
-    // pinned once. Returns its number, or -1 if there are not so many free pages: then nothing has changed.
+    // pinned once. Returns its number, -1 if there are not so many free pages, or -2 if nobody holds one of the shared:
+    // then nothing has changed.
     int64_t take(const int64_t* shared,  // [num_shared]
                  int64_t num_shared, int64_t fresh,
                  int64_t* out);  // [fresh]

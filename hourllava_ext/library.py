@@ -2,8 +2,10 @@
 """Loads the compiled operators, once, and says how they were built."""
 
 import ctypes
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, NoReturn, TypedDict
 
 import torch
 
@@ -15,6 +17,37 @@ if not LIBRARY.exists():
         "run `pip install -e . --no-build-isolation` in the repository"
     )
 torch.ops.load_library(LIBRARY)
+
+
+def register_fake(name: str) -> Callable[[Callable], Callable]:
+    """Registers what computes the shapes of an operator's results, and makes it refuse tensors of several devices.
+
+    One tensor on the meta device sends a call there, where nothing is computed: results for the others' device would be
+    memory that nobody has written.
+    """
+
+    def register(fake: Callable) -> Callable:
+        @wraps(fake)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            devices = {a.device for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)}
+            if len(devices) > 1:
+                told = " and ".join(sorted(str(d) for d in devices))
+                raise RuntimeError(f"{name}: all tensors must be on one device, got some on {told}")
+            return fake(*args, **kwargs)
+
+        torch.library.register_fake(f"hourllava_ext::{name}", checked)
+        return fake
+
+    return register
+
+
+def refuse_second_derivative(name: str) -> None:
+    """Makes differentiating an operator's backward an error: torch would warn, and take the derivative for zero."""
+
+    def refuse(ctx: Any, *grads: Any) -> NoReturn:
+        raise RuntimeError(f"{name}: has no second derivative; where one is needed, use hourllava_ext.reference.{name}")
+
+    torch.library.register_autograd(f"hourllava_ext::{name}_backward", refuse)
 
 
 class BuildInfo(TypedDict):

@@ -2,6 +2,7 @@
 """Who holds which pages of a pool: free list, reference counts and order of eviction, in C++ and without the GIL."""
 
 import ctypes
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ def _load() -> ctypes.CDLL:
 
 
 _BINARY = _load()
+UNHELD = -2  # what `take` returns for a shared page that nobody holds
 
 
 class PageAllocator:
@@ -55,15 +57,32 @@ class PageAllocator:
         if getattr(self, "_pages", None):
             _BINARY.hourllava_ext_pages_delete(self._pages)
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "page_allocator: its leases belong to one process and cannot be copied or pickled; make another"
+        )
+
     def take(self, fresh: int, shared: Tensor | None = None) -> tuple[int, Tensor] | None:
         """A new lease, pinned once, of `fresh` free pages and of `shared` ones, int64 (n,), that other leases hold.
 
         Returns:
             its number and the free pages it got, int64 (fresh,); None, and nothing is changed, if there are too few.
+
+        Raises:
+            ValueError: `fresh` is negative, `shared` is not int64 (n,) on the CPU, or no lease holds a page of it.
         """
-        shared = torch.empty(0, dtype=torch.int64) if shared is None else shared.contiguous()
-        pages = torch.empty(fresh, dtype=torch.int64)
+        shared = torch.empty(0, dtype=torch.int64, device="cpu") if shared is None else shared.contiguous()
+        if shared.dtype != torch.int64 or shared.dim() != 1 or shared.device.type != "cpu":
+            told = f"{shared.dtype} {tuple(shared.shape)} on {shared.device}"
+            raise ValueError(f"page_allocator: shared pages must be int64 (n,) on the CPU, got {told}")
+        if fresh < 0:
+            raise ValueError(f"page_allocator: nobody can take {fresh} pages")
+        pages = torch.empty(fresh, dtype=torch.int64, device="cpu")
         lease = _BINARY.hourllava_ext_pages_take(self._pages, shared.data_ptr(), len(shared), fresh, pages.data_ptr())
+        if lease == UNHELD:
+            raise ValueError(
+                "page_allocator: a shared page is held by no lease; share pages of leases not yet released"
+            )
         return None if lease < 0 else (lease, pages)
 
     def pin(self, lease: int) -> bool:
@@ -81,7 +100,7 @@ class PageAllocator:
         Returns:
             the leases, none of them if enough pages are free already; None, and none is chosen, if all would not do.
         """
-        leases = torch.empty(self._total, dtype=torch.int64)  # none has less than a page
+        leases = torch.empty(self._total, dtype=torch.int64, device="cpu")  # none has less than a page
         chosen = _BINARY.hourllava_ext_pages_evict(self._pages, wanted, leases.data_ptr(), len(leases))
         return None if chosen < 0 else leases[:chosen].tolist()
 
@@ -91,7 +110,7 @@ class PageAllocator:
 
     def counts(self) -> tuple[int, int, int]:
         """Pages in all, free pages, and pages that evicting everything which is not pinned would free."""
-        counts = torch.empty(3, dtype=torch.int64)
+        counts = torch.empty(3, dtype=torch.int64, device="cpu")
         _BINARY.hourllava_ext_pages_counts(self._pages, counts.data_ptr())
         total, free, reclaimable = counts.tolist()
         return total, free, reclaimable

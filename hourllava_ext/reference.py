@@ -37,9 +37,10 @@ def keyframe_score(features: Tensor, window: int = 9) -> Tensor:
     if width < 2:
         return unit.new_zeros(frames)
     # The window slides inside the video: at both ends it still holds the nearest `width - 1` neighbours.
-    start = (torch.arange(frames) - window // 2).clamp(0, frames - width)
+    each = torch.arange(frames, device=unit.device)
+    start = (each - window // 2).clamp(0, frames - width)
     cosine = unit @ unit.T
-    inside = torch.arange(frames) - start[:, None]
+    inside = each - start[:, None]
     inside = (inside >= 0) & (inside < width)
     inside.fill_diagonal_(False)
     return (cosine * inside).sum(-1) / (width - 1)
@@ -83,7 +84,7 @@ def page_write(
         return flat.view(num_pages, page_size, heads, width).transpose(1, 2).contiguous()
 
     key_pages, value_pages = to_pages(rope(key, position_ids, inv_freq)), to_pages(value)
-    page_lengths = torch.zeros(num_pages, dtype=torch.int32)
+    page_lengths = slots.new_zeros(num_pages, dtype=torch.int32)
     page_lengths.scatter_reduce_(0, slots // page_size, (slots % page_size + 1).to(torch.int32), "amax")
     return key_pages, value_pages, summarize(key_pages, page_lengths), page_lengths
 
@@ -91,7 +92,7 @@ def page_write(
 def summarize(key_pages: Tensor, page_lengths: Tensor) -> Tensor:
     """Mean, minimum and maximum key of every page: (P, Hkv, 3, D), in the dtype of sums; zeros for an empty page."""
     keys = key_pages.detach().to(accumulate_dtype(key_pages.dtype))
-    valid = (torch.arange(keys.shape[2]) < page_lengths[:, None])[:, None, :, None]
+    valid = (torch.arange(keys.shape[2], device=keys.device) < page_lengths[:, None])[:, None, :, None]
     filled = page_lengths.clamp(min=1)[:, None, None]
     mean = keys.masked_fill(~valid, 0).sum(2) / filled
     low, high = keys.masked_fill(~valid, torch.inf).amin(2), keys.masked_fill(~valid, -torch.inf).amax(2)
@@ -137,7 +138,7 @@ def retrieve(
     dims = {"both": slice(0, None), "rotated": slice(0, rotated), "content": slice(rotated, None)}[mode]
     accumulate = accumulate_dtype(query.dtype)
     turned = rope(query, position_ids, inv_freq).to(accumulate)[..., dims]
-    shorter = torch.full((batch, min(budget, listed)), -1, dtype=torch.int32)
+    shorter = page_table.new_full((batch, min(budget, listed)), -1)
     for b in range(batch):
         pages = page_table[b][page_table[b] >= 0].long()
         pages = pages[page_lengths[pages] > 0]
@@ -176,12 +177,13 @@ def paged_attention(
     turned = rope(query, position_ids, inv_freq).to(accumulate)
     # A batch without samples has nothing to join but the empty start.
     outs, lses = [turned[:0]], [turned.new_zeros(query.shape[1], 0)]
-    mass = torch.zeros(page_table.shape, dtype=accumulate)
+    mass = turned.new_zeros(page_table.shape)
     for b in range(page_table.shape[0]):
         begin, end = int(cu_seqlens[b]), int(cu_seqlens[b + 1])
         listed = (page_table[b] >= 0).nonzero()[:, 0]
         pages = page_table[b][listed].long()
-        valid = (torch.arange(key_pages.shape[2]) < page_lengths[pages][:, None]).flatten()
+        row = torch.arange(key_pages.shape[2], device=key_pages.device)
+        valid = (row < page_lengths[pages][:, None]).flatten()
         keys, values = (
             p[pages].transpose(1, 2).flatten(0, 1)[valid].to(accumulate).repeat_interleave(group, 1)
             for p in (key_pages, value_pages)

@@ -126,6 +126,22 @@ def assert_compiles_fullgraph(function: Callable[..., Any], *args: Any) -> None:
         torch.testing.assert_close(traced, eager, rtol=0, atol=0, equal_nan=True)
 
 
+def assert_compiles_once(function: Callable[..., Any], *calls: Sequence[Any]) -> None:
+    """One graph for calls of several sizes, with the eager results."""
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
+    for args in calls:
+        for eager, traced in zip(run(function, args), run(compiled, args), strict=True):
+            torch.testing.assert_close(traced, eager, rtol=0, atol=0, equal_nan=True)
+    assert len(graphs) == 1, f"{len(graphs)} graphs for {len(calls)} calls"
+
+
 def on(device: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function of CPU tensors that computes on a device."""
 

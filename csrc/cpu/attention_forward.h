@@ -104,7 +104,10 @@ ALWAYS_INLINE void soften(A* scores, int64_t count, A scale, A* largest, A* tota
             most = s > most ? s : most;
         }
         const V before = load_vector<Tile>(largest + lane), now = most * scale;
-        const V shift = now > before ? now : before, rescale = exp2_vector(before - shift);
+        const V highest = now > before ? now : before;
+        // Minus infinity from itself would be NaN: such scores weigh nothing, also where no other came before.
+        const V shift = highest == -std::numeric_limits<A>::infinity() ? V{} : highest;
+        const V rescale = exp2_vector(before - shift);
         V even{}, odd{};
         for (int64_t k = 0; k < count; k += 2) {
             ahead.fetch_line();
@@ -119,7 +122,7 @@ ALWAYS_INLINE void soften(A* scores, int64_t count, A scale, A* largest, A* tota
                 if (k + 1 < count) store_vector(column + (k + 1) * R, second);
             }
         }
-        store_vector(largest + lane, shift);
+        store_vector(largest + lane, highest);
         store_vector(factor + lane, rescale);
         store_vector(total + lane, load_vector<Tile>(total + lane) * rescale + (even + odd));
         if (page_total) store_vector(page_total + lane, load_vector<Tile>(page_total + lane) * rescale + (even + odd));

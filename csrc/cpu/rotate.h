@@ -61,7 +61,10 @@ ALWAYS_INLINE void short_cosines_and_sines(V angle, V& cosine, V& sine) {
 inline float largest_of(const float* inv_freq, int64_t half) {
     float largest = 0;
     // A NaN stays one, and makes every angle one to the general functions.
-    for (int64_t i = 0; i < half; ++i) largest = std::abs(inv_freq[i]) <= largest ? largest : std::abs(inv_freq[i]);
+    for (int64_t i = 0; i < half; ++i) {
+        const float f = std::abs(inv_freq[i]);
+        if (f > largest || std::isnan(f)) largest = f;
+    }
     return largest;
 }
 

@@ -157,8 +157,8 @@ ALWAYS_INLINE V exp2_vector(V x) {
         p = p * f + 1.0f;
         const integers_t<V> exponent = __builtin_bit_cast(integers_t<V>, shifted) << 23;
         const V power = __builtin_bit_cast(V, __builtin_bit_cast(integers_t<V>, p) + exponent);
-        // Written so that a NaN stays a NaN.
-        return x < -126.0f ? V{} : power;
+        // The exponent is added to the bits of a NaN, too, which may make a number of it.
+        return x < -126.0f ? V{} : x != x ? x : power;
     }
 }
 

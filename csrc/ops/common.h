@@ -19,6 +19,9 @@
 
 #include "kernels.h"
 
+// Torch's last error, of torch 2.13 and newer; null before.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
 namespace hourllava_ext {
 
 using torch::headeronly::ScalarType;
@@ -89,15 +92,29 @@ T* mutable_data(const Tensor& tensor) {
     return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
+// Calls body(), a function of torch's. When it fails, the stable interface says where in its own headers; this says
+// why, which for a tensor that cannot be made is seldom anything else than `otherwise`.
+template <class Body>
+auto explained(const Body& body,
+               const char* otherwise = "out of memory. Torch could not make a tensor; use fewer tokens") {
+    try {
+        return body();
+    } catch (const std::exception&) {
+        const char* why =
+            torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : "";
+        throw std::runtime_error(std::string("hourllava_ext: ") + (*why ? why : otherwise));
+    }
+}
+
 inline Tensor dense(const Tensor& tensor) {
-    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+    return tensor.is_contiguous() ? tensor : explained([&] { return torch::stable::contiguous(tensor); });
 }
 
 // Asks for 2 MiB pages under the whole ones among these bytes of CPU memory.
 void use_huge_pages(void* data, int64_t bytes);
 
 inline Tensor allocate(const Tensor& tensor, const std::vector<int64_t>& shape, ScalarType dtype) {
-    const Tensor result = torch::stable::new_empty(tensor, shape, dtype);
+    const Tensor result = explained([&] { return torch::stable::new_empty(tensor, shape, dtype); });
     if (result.is_cpu()) use_huge_pages(result.mutable_data_ptr(), result.numel() * result.element_size());
     return result;
 }

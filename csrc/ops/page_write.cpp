@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "ops/common.h"
+#include "ops/pages.h"
 
 namespace hourllava_ext {
 namespace {
@@ -75,8 +76,9 @@ Places checked_places(const char* op, const Tensor& slots, int64_t pages, int64_
     return places;
 }
 
-// Raises the lengths of the pages that get rows.
-void extend_pages(const Places& places, int64_t page_size, int32_t* page_lengths) {
+// Raises the lengths of the pages that get rows; a kernel reads as many rows as a length says.
+void extend_pages(const char* op, const Places& places, int64_t page_size, int32_t* page_lengths) {
+    for (const int64_t page : places.touched) check_page_length(op, page, page_lengths[page], page_size);
     for (size_t i = 0; i < places.touched.size(); ++i) {
         int64_t row = page_size;
         while (places.incoming[i * page_size + row - 1] < 0) --row;
@@ -123,7 +125,7 @@ void write(const char* op, const Rows& r, const Pools& pools) {
                 return page_write_cuda(p, mutable_data<int64_t>(scratch), OnDevice(key));
             }
         }
-        extend_pages(places, page_size, p.page_lengths);
+        extend_pages(op, places, page_size, p.page_lengths);
         page_write_cpu(p);
     });
 }
@@ -146,6 +148,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> page_write(const Tensor& key, const T
     }
     write(op, rows, pools);
     return {pools.key_pages, pools.value_pages, pools.key_summary, pools.page_lengths};
+}
+
+// Whether two tensors have no byte in common, by the first and the last that each can reach.
+bool apart(const Tensor& a, const Tensor& b) {
+    const auto begin = [](const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()); };
+    const auto end = [&begin](const Tensor& tensor) {
+        int64_t last = 0;
+        for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
+        return begin(tensor) + (last + 1) * tensor.element_size();
+    };
+    return a.numel() == 0 || b.numel() == 0 || end(a) <= begin(b) || end(b) <= begin(a);
+}
+
+// Rows that may lie in the pools, as those of a page that is moved do: a copy, as they were before any was written.
+Tensor outside(const Tensor& rows, const Pools& pools) {
+    return apart(rows, pools.key_pages) && apart(rows, pools.value_pages)
+               ? rows
+               : explained([&] { return torch::stable::clone(rows); });
 }
 
 void check_pools(const char* op, const Rows& r, const Pools& pools) {
@@ -177,6 +197,8 @@ void check_pools(const char* op, const Rows& r, const Pools& pools) {
     for (const Tensor& pool : {pools.key_pages, pools.value_pages, pools.key_summary, pools.page_lengths}) {
         check(pool.is_contiguous(), op, ": pools are written in place and must be contiguous");
     }
+    check(apart(pools.key_pages, pools.value_pages), op,
+          ": key_pages and value_pages are written in place and must not share memory");
 }
 
 void page_write_(const Tensor& key, const Tensor& value, const Tensor& position_ids, const Tensor& slots,
@@ -187,7 +209,7 @@ void page_write_(const Tensor& key, const Tensor& value, const Tensor& position_
     const Pools pools{key_pages, value_pages, key_summary, page_lengths};
     check_rows(op, rows);
     check_pools(op, rows, pools);
-    write(op, rows, pools);
+    write(op, {outside(key, pools), outside(value, pools), position_ids, slots, inv_freq}, pools);
 }
 
 std::tuple<Tensor, Tensor> page_write_backward(const Tensor& grad_key_pages,    // (P, Hkv, S, D)
@@ -237,8 +259,8 @@ std::tuple<Tensor, Tensor> page_write_backward(const Tensor& grad_key_pages,    
 
 STABLE_TORCH_LIBRARY_FRAGMENT(hourllava_ext, m) {
     m.def(
-        "page_write(Tensor key, Tensor value, Tensor position_ids, Tensor slots, Tensor inv_freq, int num_pages, "
-        "int page_size=128) -> (Tensor, Tensor, Tensor, Tensor)");
+        "page_write(Tensor key, Tensor value, Tensor position_ids, Tensor slots, Tensor inv_freq, SymInt num_pages, "
+        "SymInt page_size=128) -> (Tensor, Tensor, Tensor, Tensor)");
     m.def(
         "page_write_(Tensor key, Tensor value, Tensor position_ids, Tensor slots, Tensor inv_freq, "
         "Tensor(a!) key_pages, Tensor(b!) value_pages, Tensor(c!) key_summary, Tensor(d!) page_lengths) -> ()");

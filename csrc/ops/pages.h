@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Shared by the operators that read a page table: shapes, and on the CPU the ranges of what indexes memory; on a GPU
+// Shared by the operators on pages: shapes, and on the CPU the ranges of what indexes memory; on a GPU
 // the host would have to wait to know them.
 #pragma once
 
@@ -41,6 +41,11 @@ inline void check_groups(const char* op, int64_t query_heads, int64_t key_heads)
           ": query heads must be a multiple of key heads, got ", query_heads, " and ", key_heads);
 }
 
+inline void check_page_length(const char* op, int64_t page, int32_t length, int64_t page_size) {
+    check(length >= 0, op, ": page_lengths[", page, "] is ", length, ", but an empty page has 0 rows");
+    check(length <= page_size, op, ": page_lengths[", page, "] is ", length, ", but a page has ", page_size, " rows");
+}
+
 // The arguments are dense from here on.
 inline void check_page_ranges(const char* op, const Tensor& page_table, const Tensor& page_lengths, int64_t page_size) {
     if (on_gpu(page_table)) return;
@@ -51,11 +56,7 @@ inline void check_page_ranges(const char* op, const Tensor& page_table, const Te
               ", but page ids go from 0 to ", pages - 1, " (-1 for a hole)");
     }
     const int32_t* lengths = data<int32_t>(page_lengths);
-    for (int64_t i = 0; i < pages; ++i) {
-        check(lengths[i] >= 0, op, ": page_lengths[", i, "] is ", lengths[i], ", but an empty page has 0 rows");
-        check(lengths[i] <= page_size, op, ": page_lengths[", i, "] is ", lengths[i], ", but a page has ", page_size,
-              " rows");
-    }
+    for (int64_t i = 0; i < pages; ++i) check_page_length(op, i, lengths[i], page_size);
 }
 
 inline void check_cu_seqlens(const char* op, const Tensor& cu_seqlens, int64_t tokens) {

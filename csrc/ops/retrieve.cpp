@@ -92,7 +92,7 @@ Tensor retrieve(const Tensor& query,         // (M, Hq, D)
 STABLE_TORCH_LIBRARY_FRAGMENT(hourllava_ext, m) {
     m.def(
         "retrieve(Tensor query, Tensor position_ids, Tensor cu_seqlens, Tensor inv_freq, Tensor key_summary, "
-        "Tensor page_table, Tensor page_lengths, int budget, Tensor? keep=None, str mode=\"both\") -> Tensor");
+        "Tensor page_table, Tensor page_lengths, SymInt budget, Tensor? keep=None, str mode=\"both\") -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(hourllava_ext, CPU, m) { m.impl("retrieve", TORCH_BOX(&retrieve)); }
 #ifdef HOURLLAVA_EXT_CUDA

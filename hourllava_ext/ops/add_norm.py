@@ -2,6 +2,8 @@
 import torch
 from torch import Tensor
 
+from hourllava_ext.library import refuse_second_derivative, register_fake
+
 
 def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """LayerNorm of ``x + residual`` in one pass, as post-norm blocks end each of their parts; differentiable.
@@ -29,7 +31,7 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: flo
     return torch.ops.hourllava_ext.add_norm(x, residual, weight, bias, eps)[0]
 
 
-@torch.library.register_fake("hourllava_ext::add_norm")
+@register_fake("add_norm")
 def _fake(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,7 +40,7 @@ def _fake(
     return x.new_empty(x.shape), mean, rstd
 
 
-@torch.library.register_fake("hourllava_ext::add_norm_backward")
+@register_fake("add_norm_backward")
 def _fake_backward(
     grad: Tensor, x: Tensor, residual: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,5 +60,6 @@ def _backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 torch.library.register_autograd("hourllava_ext::add_norm", _backward, setup_context=_setup)
+refuse_second_derivative("add_norm")
 for _device in ("cpu", "cuda"):
     torch.library.register_autocast("hourllava_ext::add_norm", _device, torch.float32)

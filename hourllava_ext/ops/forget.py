@@ -2,6 +2,8 @@
 import torch
 from torch import Tensor
 
+from hourllava_ext.library import refuse_second_derivative, register_fake
+
 
 def forget(tokens: Tensor, frames: Tensor, patches: Tensor, newline: Tensor) -> tuple[Tensor, Tensor]:
     """Keep some patches of some frames, a newline token after each frame; differentiable in tokens and newline.
@@ -27,13 +29,13 @@ def forget(tokens: Tensor, frames: Tensor, patches: Tensor, newline: Tensor) -> 
     return torch.ops.hourllava_ext.forget(tokens, frames, patches, newline)
 
 
-@torch.library.register_fake("hourllava_ext::forget")
+@register_fake("forget")
 def _fake(tokens: Tensor, frames: Tensor, patches: Tensor, newline: Tensor) -> tuple[Tensor, Tensor]:
     kept = patches.shape[0], patches.shape[1] + 1
     return tokens.new_empty(*kept, tokens.shape[2]), frames.new_empty(kept)
 
 
-@torch.library.register_fake("hourllava_ext::forget_backward")
+@register_fake("forget_backward")
 def _fake_backward(grad: Tensor, frames: Tensor, patches: Tensor, total: int, per_frame: int) -> tuple[Tensor, Tensor]:
     return grad.new_empty(total, per_frame, grad.shape[2]), grad.new_empty(grad.shape[2])
 
@@ -51,3 +53,4 @@ def _backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, Tensor]
 
 
 torch.library.register_autograd("hourllava_ext::forget", _backward, setup_context=_setup)
+refuse_second_derivative("forget")

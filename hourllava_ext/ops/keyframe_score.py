@@ -2,6 +2,8 @@
 import torch
 from torch import Tensor
 
+from hourllava_ext.library import register_fake
+
 
 def keyframe_score(features: Tensor, window: int = 9) -> Tensor:
     """Mean cosine of each frame to the nearest ``window - 1`` others; low where the picture changes. No gradient.
@@ -25,7 +27,7 @@ def keyframe_score(features: Tensor, window: int = 9) -> Tensor:
     return torch.ops.hourllava_ext.keyframe_score(features.detach(), window)
 
 
-@torch.library.register_fake("hourllava_ext::keyframe_score")
+@register_fake("keyframe_score")
 def _fake(features: Tensor, window: int = 9) -> Tensor:
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
     return features.new_empty(features.shape[0], dtype=dtype)

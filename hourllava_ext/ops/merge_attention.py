@@ -2,6 +2,8 @@
 import torch
 from torch import Tensor
 
+from hourllava_ext.library import refuse_second_derivative, register_fake
+
 
 def merge_attention(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """One attention from its parts over disjoint keys: splits, tiers of memory, devices. Differentiable in both.
@@ -24,12 +26,12 @@ def merge_attention(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.hourllava_ext.merge_attention(out, lse)
 
 
-@torch.library.register_fake("hourllava_ext::merge_attention")
+@register_fake("merge_attention")
 def _fake(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     return out.new_empty(out.shape[1:]), lse.new_empty(lse.shape[1:])
 
 
-@torch.library.register_fake("hourllava_ext::merge_attention_backward")
+@register_fake("merge_attention_backward")
 def _fake_backward(grad_merged: Tensor, grad_merged_lse: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     return out.new_empty(out.shape), lse.new_empty(lse.shape)
 
@@ -43,3 +45,4 @@ def _backward(ctx, grad_merged: Tensor, grad_merged_lse: Tensor) -> tuple[Tensor
 
 
 torch.library.register_autograd("hourllava_ext::merge_attention", _backward, setup_context=_setup)
+refuse_second_derivative("merge_attention")

@@ -2,6 +2,8 @@
 import torch
 from torch import Tensor
 
+from hourllava_ext.library import refuse_second_derivative, register_fake
+
 
 def page_write(
     key: Tensor,
@@ -50,7 +52,8 @@ def page_write_(
 ) -> None:
     """``page_write`` into pages that exist, in place and without gradient: what appending to a memory does.
 
-    However the same rows are grouped into calls, the pages end up the same, bit for bit.
+    However the same rows are grouped into calls, the pages end up the same, bit for bit. A backward that needs the
+    pages as they were before is an error. Rows may lie in the pages themselves: they are read before any is written.
 
     Args:
         key, value, position_ids, slots, inv_freq: As for ``page_write``.
@@ -60,15 +63,19 @@ def page_write_(
         page_lengths: Raised to one more than the last written row. (P,) int32, contiguous
 
     Raises:
-        RuntimeError: A shape, dtype or layout differs from the above, or on the CPU a slot is out of range or given
-            twice.
+        RuntimeError: A shape, dtype or layout differs from the above, ``key_pages`` and ``value_pages`` share memory,
+            or on the CPU a slot or the length of a page written to is out of range, or a slot is given twice.
     """
     torch.ops.hourllava_ext.page_write_(
         key, value, position_ids, slots, inv_freq, key_pages, value_pages, key_summary, page_lengths
     )
+    if not torch.compiler.is_compiling():
+        # What has saved the pools for its backward must find out; a compiled graph says so by itself.
+        pools = key_pages, value_pages, key_summary, page_lengths
+        torch.autograd.graph.increment_version([pool for pool in pools if not pool.is_inference()])
 
 
-@torch.library.register_fake("hourllava_ext::page_write")
+@register_fake("page_write")
 def _fake(key, value, position_ids, slots, inv_freq, num_pages, page_size=128):  # type: ignore[no-untyped-def]
     _, heads, width = key.shape
     pages = (num_pages, heads, page_size, width)
@@ -77,12 +84,12 @@ def _fake(key, value, position_ids, slots, inv_freq, num_pages, page_size=128): 
     return key.new_empty(pages), key.new_empty(pages), summary, key.new_empty(num_pages, dtype=torch.int32)
 
 
-@torch.library.register_fake("hourllava_ext::page_write_")
+@register_fake("page_write_")
 def _fake_(key, value, position_ids, slots, inv_freq, *pools) -> None:  # type: ignore[no-untyped-def]
     return None
 
 
-@torch.library.register_fake("hourllava_ext::page_write_backward")
+@register_fake("page_write_backward")
 def _fake_backward(grad_key_pages, grad_value_pages, position_ids, slots, inv_freq):  # type: ignore[no-untyped-def]
     _, heads, _, width = grad_key_pages.shape
     shape = (slots.shape[0], heads, width)
@@ -102,3 +109,4 @@ def _backward(ctx, grad_key_pages, grad_value_pages, *_):  # type: ignore[no-unt
 
 
 torch.library.register_autograd("hourllava_ext::page_write", _backward, setup_context=_setup)
+refuse_second_derivative("page_write")

@@ -2,6 +2,8 @@
 import torch
 from torch import Tensor
 
+from hourllava_ext.library import refuse_second_derivative, register_fake
+
 
 def paged_attention(
     query: Tensor,
@@ -55,7 +57,7 @@ def paged_attention(
     return (out, lse) if mass_weight is None else (out, lse, mass)
 
 
-@torch.library.register_fake("hourllava_ext::paged_attention")
+@register_fake("paged_attention")
 def _fake(query, key_pages, value_pages, page_table, *_, mass_weight=None):  # type: ignore[no-untyped-def]
     mass_weight = _[5] if len(_) > 5 else mass_weight
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -64,7 +66,7 @@ def _fake(query, key_pages, value_pages, page_table, *_, mass_weight=None):  # t
     return query.new_empty(query.shape), lse, query.new_empty((rows, page_table.shape[1]), dtype=wide)
 
 
-@torch.library.register_fake("hourllava_ext::paged_attention_backward")
+@register_fake("paged_attention_backward")
 def _fake_backward(grad_out, grad_lse, query, key_pages, value_pages, *_):  # type: ignore[no-untyped-def]
     return query.new_empty(query.shape), key_pages.new_empty(key_pages.shape), key_pages.new_empty(key_pages.shape)
 
@@ -82,3 +84,4 @@ def _backward(ctx, grad_out, grad_lse, _):  # type: ignore[no-untyped-def]
 
 
 torch.library.register_autograd("hourllava_ext::paged_attention", _backward, setup_context=_setup)
+refuse_second_derivative("paged_attention")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-import math
-
 import torch
 from torch import Tensor
+
+from hourllava_ext.library import refuse_second_derivative, register_fake
 
 
 def pool_grid(patches: Tensor, grid: int) -> Tensor:
@@ -26,23 +26,24 @@ def pool_grid(patches: Tensor, grid: int) -> Tensor:
     return torch.ops.hourllava_ext.pool_grid(patches, grid)
 
 
-@torch.library.register_fake("hourllava_ext::pool_grid")
+@register_fake("pool_grid")
 def _fake(patches: Tensor, grid: int) -> Tensor:
     return patches.new_empty(patches.shape[0], grid * grid, patches.shape[2])
 
 
-@torch.library.register_fake("hourllava_ext::pool_grid_backward")
-def _fake_backward(grad: Tensor, grid: int, side: int) -> Tensor:
-    return grad.new_empty(grad.shape[0], side * side, grad.shape[2])
+@register_fake("pool_grid_backward")
+def _fake_backward(grad: Tensor, grid: int, count: int) -> Tensor:
+    return grad.new_empty(grad.shape[0], count, grad.shape[2])
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     patches, ctx.grid = inputs
-    ctx.side = math.isqrt(patches.shape[1])
+    ctx.count = patches.shape[1]
 
 
 def _backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
-    return torch.ops.hourllava_ext.pool_grid_backward(grad, ctx.grid, ctx.side), None
+    return torch.ops.hourllava_ext.pool_grid_backward(grad, ctx.grid, ctx.count), None
 
 
 torch.library.register_autograd("hourllava_ext::pool_grid", _backward, setup_context=_setup)
+refuse_second_derivative("pool_grid")

@@ -2,6 +2,8 @@
 import torch
 from torch import Tensor
 
+from hourllava_ext.library import register_fake
+
 
 def retrieve(
     query: Tensor,
@@ -49,7 +51,7 @@ def retrieve(
     )
 
 
-@torch.library.register_fake("hourllava_ext::retrieve")
+@register_fake("retrieve")
 def _fake(query, position_ids, cu_seqlens, inv_freq, key_summary, page_table, _, budget, *options):  # type: ignore[no-untyped-def]
     batch, listed = page_table.shape
-    return page_table.new_empty((batch, min(budget, listed)))
+    return page_table.new_empty((batch, torch.sym_min(budget, listed)))

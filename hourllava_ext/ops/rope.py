@@ -2,6 +2,8 @@
 import torch
 from torch import Tensor
 
+from hourllava_ext.library import register_fake
+
 
 def rope(x: Tensor, position_ids: Tensor, inv_freq: Tensor, inverse: bool = False) -> Tensor:
     """Partial rotary embedding at arbitrary position ids (NeoX halves), differentiable in ``x``.
@@ -27,7 +29,7 @@ def rope(x: Tensor, position_ids: Tensor, inv_freq: Tensor, inverse: bool = Fals
     return torch.ops.hourllava_ext.rope(x, position_ids, inv_freq, inverse)
 
 
-@torch.library.register_fake("hourllava_ext::rope")
+@register_fake("rope")
 def _fake(x: Tensor, position_ids: Tensor, inv_freq: Tensor, inverse: bool = False) -> Tensor:
     return x.new_empty(x.shape)
 

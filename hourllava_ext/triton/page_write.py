@@ -150,6 +150,16 @@ def _check_rows(op: str, rows: list[Tensor], **pools: tuple[Tensor, str, tuple[t
     return sizes
 
 
+def _apart(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have no byte in common, by the first and the last that each can reach."""
+
+    def end(x: Tensor) -> int:
+        last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        return x.data_ptr() + (last + 1) * x.element_size()
+
+    return not a.numel() or not b.numel() or end(a) <= b.data_ptr() or end(b) <= a.data_ptr()
+
+
 def page_write_(
     key: Tensor,
     value: Tensor,
@@ -171,6 +181,12 @@ def page_write_(
         page_lengths=(page_lengths, "P", INT32),
     )
     require(all(p.is_contiguous() for p in pools), "page_write_: pools are written in place and must be contiguous")
+    require(
+        _apart(key_pages, value_pages),
+        "page_write_: key_pages and value_pages are written in place and must not share memory",
+    )
+    # As they were before any was written, as when a page is moved.
+    rows[:2] = [x if _apart(x, key_pages) and _apart(x, value_pages) else x.clone() for x in rows[:2]]
     _fill(rows, pools)
 
 

@@ -72,23 +72,29 @@ def _pool_backward(grad, grad_patches, side, grid, width, BLOCK: tl.constexpr):
         tl.store(grad_patches + place * width + c, total.to(grad_patches.dtype.element_ty), mask=c < width)
 
 
-def pool_grid(patches: Tensor, grid: int) -> Tensor:
-    check("pool_grid", patches=(patches, "T S*S C", ROWS))
-    frames, count, width = patches.shape
+def _side(op: str, count: int) -> int:
     side = math.isqrt(count)
     require(
         side >= 1 and side * side == count,
-        f"pool_grid: patches must come from a square image, got {count} a frame; pass (T, S * S, C)",
+        f"{op}: patches must come from a square image, got {count} a frame; pass (T, S * S, C)",
     )
+    return side
+
+
+def pool_grid(patches: Tensor, grid: int) -> Tensor:
+    check("pool_grid", patches=(patches, "T S*S C", ROWS))
+    frames, count, width = patches.shape
+    side = _side("pool_grid", count)
     require(grid >= 1, f"pool_grid: grid must be at least 1, got {grid}")
     out = patches.new_empty(frames, grid * grid, width)
     _pool[(frames * grid * grid,)](patches.contiguous(), out, side, grid, width, block(width))
     return out
 
 
-def pool_grid_backward(grad: Tensor, grid: int, side: int) -> Tensor:
+def pool_grid_backward(grad: Tensor, grid: int, count: int) -> Tensor:
+    side = _side("pool_grid_backward", count)
     check("pool_grid_backward", grad=(grad, f"T {grid * grid} C", ROWS))
     frames, _, width = grad.shape
-    out = grad.new_empty(frames, side * side, width)
+    out = grad.new_empty(frames, count, width)
     _pool_backward[(frames * side * side,)](grad.contiguous(), out, side, grid, width, block(width))
     return out

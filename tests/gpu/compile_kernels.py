@@ -66,7 +66,7 @@ def compile_all(dtype: torch.dtype) -> None:
     kept, _ = kernels.forget(tokens, frames, patches, tokens[0, 0])
     kernels.forget_backward(kept, frames, patches, 8, 64)
     pooled = kernels.pool_grid(torch.zeros(2, 729, 1152, dtype=dtype), 8)
-    kernels.pool_grid_backward(pooled, 8, 27)
+    kernels.pool_grid_backward(pooled, 8, 729)
     kernels.keyframe_score(tokens[:, 0])
     kernels.add_norm_backward(
         *[tokens[0]] * 3, tokens[0, 0], *kernels.add_norm(*[tokens[0]] * 2, *[tokens[0, 0]] * 2)[1:]

@@ -71,7 +71,7 @@ def test_a_launch_fits_into_a_grid(kernels: Any, seconds: int, queries: int, sam
         ops.merge_attention_backward(*ops.merge_attention(parts, sums), parts, sums)
         kept, _ = ops.forget(empty(seconds, PER_FRAME, 32), frames, patches, empty(32))
         ops.forget_backward(kept, frames, patches, seconds, PER_FRAME)
-        ops.pool_grid_backward(ops.pool_grid(empty(seconds, 27**2, 8), 8), 8, 27)
+        ops.pool_grid_backward(ops.pool_grid(empty(seconds, 27**2, 8), 8), 8, 27**2)
         ops.keyframe_score(empty(seconds, 32))
         normed, *statistics = ops.add_norm(kept[:, 0], kept[:, 1], empty(32), empty(32), 1e-5)
         ops.add_norm_backward(normed, kept[:, 0], kept[:, 1], empty(32), *statistics)

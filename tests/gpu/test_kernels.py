@@ -178,6 +178,20 @@ def test_grouping_of_page_writes_changes_nothing(device: str, dtype: torch.dtype
         assert torch.equal(ours.nan_to_num(0), other)
 
 
+def test_rows_of_the_pages_themselves(device: str, dtype: torch.dtype) -> None:
+    """Moved by one row, they are taken as they were before any was written."""
+    args = [a.detach().to(device) if isinstance(a, Tensor) else a for a in page_rows((40, 2, 16, 0, 3, 16), dtype)]
+    moved, copied = ([*hourllava_ext.page_write(*args)] for _ in range(2))
+    slots, where = torch.arange(17, 32, device=device), args[2][:15]
+    for pools, taken in ((moved, lambda rows: rows), (copied, torch.clone)):
+        rows = [taken(p[1, :, :15].transpose(0, 1)) for p in pools[:2]]
+        hourllava_ext.page_write_(*rows, where, slots, args[4], *pools)
+    for ours, theirs in zip(moved, copied, strict=True):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(RuntimeError, match="key_pages and value_pages are written in place and must not share memory"):
+        hourllava_ext.page_write_(*args[:5], moved[0], moved[0], *moved[2:])
+
+
 def test_page_write_splits(device: str, dtype: torch.dtype) -> None:
     """Keys and values as one product gives them, heads of both side by side."""
     key, value, *rest = page_rows((21, 3, 32, 8, 3, 16), dtype)

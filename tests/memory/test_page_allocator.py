@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Leases of pages: none is ever two strangers', what is read stays, and who was asked least recently goes first."""
 
+import copy
+import pickle
 import random
 import shlex
 import subprocess
@@ -28,6 +30,37 @@ def test_pages_are_taken_in_order_and_come_back():
     assert pages.release(lease)
     assert pages.counts() == (10, 10, 0)
     assert pages.take(10)[1].tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("page", [3, 4, 8, 10**9, -1, -(10**9)])
+def test_only_pages_of_leases_are_shared(page):
+    pages = PageAllocator(8)
+    _, held = pages.take(3)
+    with pytest.raises(ValueError, match="a shared page is held by no lease"):
+        pages.take(1, torch.tensor([0, page]))
+    assert pages.counts() == (8, 5, 0)
+    for wrong in (held.int(), held[None], held.to("meta")):
+        with pytest.raises(ValueError, match=r"shared pages must be int64 \(n,\) on the CPU, got torch.int"):
+            pages.take(1, wrong)
+    with pytest.raises(ValueError, match="nobody can take -1 pages"):
+        pages.take(-1)
+    assert pages.take(5, held)[1].tolist() == [3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps], ids=lambda c: c.__name__)
+def test_leases_are_not_copied(copied):
+    with pytest.raises(TypeError, match="page_allocator: its leases belong to one process and cannot be copied"):
+        copied(PageAllocator(2))
+
+
+def test_the_default_device_is_no_concern():
+    with torch.device("meta"):
+        pages = PageAllocator(4)
+        lease, numbers = pages.take(3)
+        assert pages.unpin(lease)
+        assert pages.counts() == (4, 1, 3)
+        assert pages.evict(4) == [lease]
+    assert numbers.tolist() == [0, 1, 2]
 
 
 def test_the_least_recently_pinned_goes_first_and_none_that_is_pinned():

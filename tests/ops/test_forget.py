@@ -1,7 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from tools import CPU_TIERS, DTYPES, assert_compiles_fullgraph, assert_matches_reference, assert_repeatable, cpu_tier
+from tools import (
+    CPU_TIERS,
+    DTYPES,
+    assert_compiles_fullgraph,
+    assert_compiles_once,
+    assert_matches_reference,
+    assert_repeatable,
+    cpu_tier,
+)
 from torch import Tensor
 
 from hourllava_ext import forget, reference
@@ -60,6 +68,10 @@ def test_opcheck() -> None:
 
 def test_compile_fullgraph() -> None:
     assert_compiles_fullgraph(forget, *make((3, 4, 3, 5, 2), torch.float32))
+
+
+def test_compiles_once_for_films_of_any_length() -> None:
+    assert_compiles_once(forget, *(make((n, n + 3, n - 1, 5 * n, n), torch.float32) for n in (3, 4, 7)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

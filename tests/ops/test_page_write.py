@@ -9,6 +9,7 @@ from tools import (
     CPU_TIERS,
     DTYPES,
     assert_compiles_fullgraph,
+    assert_compiles_once,
     assert_error_rule,
     assert_matches_reference,
     assert_repeatable,
@@ -185,6 +186,16 @@ def test_fullgraph() -> None:
     assert_compiles_fullgraph(page_write, *make(Shape()))
 
 
+def test_compiles_once_for_memories_of_any_length() -> None:
+    def write(key: Tensor, value: Tensor, position_ids: Tensor, inv_freq: Tensor) -> Any:
+        """As many pages as the tokens fill."""
+        slots = torch.arange(len(key))
+        return page_write(key, value, position_ids, slots, inv_freq, -(-len(key) // 16), 16)
+
+    calls = [make(Shape(tokens=tokens)) for tokens in (37, 50, 79)]
+    assert_compiles_once(write, *([*c[:3], c[4]] for c in calls))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_repeatable(dtype: torch.dtype) -> None:
     assert_repeatable(page_write, *make(SHAPES[1], dtype))
@@ -245,6 +256,39 @@ def test_bad_pools() -> None:
     error("key_summary must be float32", key_summary=summary.double())
     apart = values.transpose(2, 3).contiguous().transpose(2, 3)
     error("pools are written in place and must be contiguous", value_pages=apart)
+    error("key_pages and value_pages are written in place and must not share memory", value_pages=keys)
+    both = torch.zeros(6, *keys.shape[1:])
+    error("must not share memory", key_pages=both[:5], value_pages=both[1:])
+    page_write_(*rows, *torch.zeros(2, *keys.shape), summary, lengths)
+
+
+@pytest.mark.parametrize(("length", "told"), [(17, "but a page has 16 rows"), (-1, "but an empty page has 0 rows")])
+def test_lengths_out_of_range(length: int, told: str) -> None:
+    """A page is summarised as far as its length says: nothing is read beyond it, nor written before that is known."""
+    rows = [a.detach() for a in make(Shape(tokens=3))[:5]]
+    rows[3] = torch.tensor([35, 70, 36])
+    pools = empty_pools(Shape(), torch.float32)
+    pools[3][0] = pools[3][4] = length
+    with pytest.raises(RuntimeError, match=rf"page_write_: page_lengths\[4\] is {length}, {told}"):
+        page_write_(*rows, *pools)
+    assert pools[3].tolist() == [length, 0, 0, 0, length]
+    assert not pools[0].any()
+
+
+@pytest.mark.parametrize("to", [1, 20])
+def test_rows_of_the_pages_themselves(to: int) -> None:
+    """Moved to other rows, they are taken as they were, also where the new place overlaps the old one."""
+    shape = Shape(tokens=60, frequencies=0)
+    key, value, position_ids, _, inv_freq, *_ = (a.detach() if isinstance(a, Tensor) else a for a in make(shape))
+    ours, theirs = empty_pools(shape, torch.float32), empty_pools(shape, torch.float32)
+    for pools in (ours, theirs):
+        page_write_(key, value, position_ids, torch.arange(60), inv_freq, *pools)
+    slots = torch.arange(to, to + 16)
+    moved = [pool[0].transpose(0, 1) for pool in ours[:2]]
+    reference.page_write_(*(m.clone() for m in moved), position_ids[:16], slots, inv_freq, *theirs)
+    page_write_(*moved, position_ids[:16], slots, inv_freq, *ours)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other)
 
 
 def test_bad_gradients() -> None:

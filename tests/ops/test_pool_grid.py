@@ -1,7 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from tools import CPU_TIERS, DTYPES, assert_compiles_fullgraph, assert_matches_reference, assert_repeatable, cpu_tier
+from tools import (
+    CPU_TIERS,
+    DTYPES,
+    assert_compiles_fullgraph,
+    assert_compiles_once,
+    assert_matches_reference,
+    assert_repeatable,
+    cpu_tier,
+)
 
 from hourllava_ext import pool_grid, reference
 
@@ -56,11 +64,15 @@ def test_gradcheck() -> None:
 def test_opcheck() -> None:
     ops = torch.ops.hourllava_ext
     torch.library.opcheck(ops.pool_grid.default, make((2, 5, 3, 3), torch.float32))
-    torch.library.opcheck(ops.pool_grid_backward.default, (torch.randn(2, 9, 3), 3, 5))
+    torch.library.opcheck(ops.pool_grid_backward.default, (torch.randn(2, 9, 3), 3, 25))
 
 
 def test_compile_fullgraph() -> None:
     assert_compiles_fullgraph(pool_grid, *make((2, 5, 3, 3), torch.float32))
+
+
+def test_compiles_once_for_images_of_any_size() -> None:
+    assert_compiles_once(pool_grid, *(make((n, 2 * n, n + 1, n), torch.float32) for n in (2, 3, 5)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -84,7 +96,10 @@ def test_bad_arguments() -> None:
 
 def test_bad_backward_arguments() -> None:
     backward = torch.ops.hourllava_ext.pool_grid_backward
-    with pytest.raises(RuntimeError, match="grid and side must be at least 1"):
-        backward(torch.randn(2, 9, 3), 3, 0)
+    with pytest.raises(RuntimeError, match="grid must be at least 1, got 0"):
+        backward(torch.randn(2, 9, 3), 0, 25)
+    for count in (0, 24):
+        with pytest.raises(RuntimeError, match=f"patches must come from a square image, got {count} a frame"):
+            backward(torch.randn(2, 9, 3), 3, count)
     with pytest.raises(RuntimeError, match=r"grad must have shape \(any, 4, any\), got \(2, 9, 3\)"):
-        backward(torch.randn(2, 9, 3), 2, 5)
+        backward(torch.randn(2, 9, 3), 2, 25)

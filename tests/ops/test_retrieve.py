@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tools import DTYPES, assert_compiles_fullgraph
+from tools import DTYPES, assert_compiles_fullgraph, assert_compiles_once
 from torch import Tensor
 
 from hourllava_ext import page_write, reference, retrieve
@@ -127,6 +127,28 @@ def test_opcheck() -> None:
 
 def test_fullgraph() -> None:
     assert_compiles_fullgraph(retrieve, *make(SHAPES[0]), 4)
+
+
+def test_compiles_once_for_tables_of_any_length() -> None:
+    def quarter(*args: Tensor) -> Tensor:
+        return retrieve(*args, args[5].shape[1] // 4 + 1)
+
+    *args, table, lengths = make(SHAPES[0])
+    assert_compiles_once(quarter, *([*args, table[:, :n], lengths] for n in (5, 8, 12)))
+
+
+def test_export_asks_nothing_of_the_tables_length() -> None:
+    class Few(torch.nn.Module):
+        def forward(self, *args: Tensor) -> Tensor:
+            return retrieve(*args, 4)
+
+    *args, table, lengths = make(SHAPES[0])
+    width = {1: torch.export.Dim.AUTO}
+    sizes = ((*[None] * len(args), width, None),)
+    exported = torch.export.export(Few(), (*args, table, lengths), dynamic_shapes=sizes, strict=True)
+    for n in (3, 9):
+        short = (*args, table[:, :n], lengths)
+        assert torch.equal(exported.module()(*short), retrieve(*short, 4))
 
 
 def test_bad_arguments() -> None:

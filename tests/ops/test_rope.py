@@ -99,6 +99,16 @@ def test_repeatable(dtype: torch.dtype) -> None:
     assert_repeatable(rope, *make((1000, 2, 64, 16), dtype))
 
 
+@pytest.mark.parametrize("tier", CPU_TIERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_frequency_that_is_nan_spoils_no_other(dtype: torch.dtype, tier: str) -> None:
+    """Not even one whose angles are beyond what the fast cosines take."""
+    inv_freq = torch.tensor([1e9, torch.nan, *[1.0] * 20])
+    args = torch.randn(3, 2, 48, dtype=dtype), torch.tensor([1000, 5_600_000, 3]), inv_freq
+    with cpu_tier(tier):
+        assert_matches_reference(rope, reference.rope, *args)
+
+
 def test_bad_arguments() -> None:
     x, position_ids, inv_freq = make((7, 2, 10, 3), torch.float32)
     with pytest.raises(RuntimeError, match=r"x must be \(M, H, D\), got shape \(7, 2\)"):
