@@ -112,6 +112,7 @@ class ScriptedLibrary:
         self.held: dict[str, Status] = {}
         self.errors: dict[str, Exception] = {}
         self.asked: list[tuple[Any, ...]] = []
+        self.incoming: list[str] = []
         self.uploads: dict[str, list[bytes]] = {}
         self.full: Exception | None = None  # of an upload
         self.aborted: list[str] = []
@@ -165,6 +166,7 @@ class ScriptedLibrary:
         return _Incoming(self, name)
 
     def upload(self, name: str) -> _Incoming:
+        self.incoming.append(name)
         return _Incoming(self, name)
 
     def film(self, name: str) -> Path | None:

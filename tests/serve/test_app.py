@@ -9,7 +9,7 @@ import threading
 from typing import Any
 
 import pytest
-from servers import ANSWER, PATIENCE, Client, Scripted, about, scripted, serving, until
+from servers import ANSWER, PATIENCE, Client, Scripted, about, until
 
 from hourllava.errors import (
     AdmissionError,
@@ -337,31 +337,3 @@ def test_a_body_that_is_not_marked_as_json(client: Client) -> None:
 def test_a_name_that_no_memory_can_have(client: Client) -> None:
     reply = client.chat(about("?", url="/a.mp4", uuid="../a"))
     assert (reply.status, reply.error["param"]) == (400, "uuid")
-
-
-def test_it_ends_cleanly() -> None:
-    """Who waits for a video is told at once; a running answer has a while, and then is told, too."""
-    scene = scripted()
-    scene.library.add("long", "watching", 5)
-    with serving(scene.service) as address:
-        body = {"messages": about("?", uuid="long"), "stream": True}
-        connection, response = Client(address).open("POST", "/v1/chat/completions", body)
-    with contextlib.closing(connection):
-        lines = [line for line in response.read().decode().splitlines() if line]
-    assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == "stopping"
-    assert lines[-1] == "data: [DONE]"
-    assert scene.engine.closed
-    assert scene.library.closed
-
-
-def test_an_answer_that_does_not_end(scene: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hourllava.serve.running.GRACE", 0.2)
-    scene.engine.script = (Written("One"), threading.Event(), *ANSWER)
-    with serving(scene.service) as address:
-        body = {"messages": about("?", uuid="film"), "stream": True}
-        connection, response = Client(address).open("POST", "/v1/chat/completions", body)
-        until(lambda: scene.engine.asked)
-    with contextlib.closing(connection):
-        lines = [line for line in response.read().decode().splitlines() if line]
-    assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == "stopping"
-    assert lines[-1] == "data: [DONE]"

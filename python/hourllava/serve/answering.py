@@ -4,11 +4,11 @@
 import asyncio
 import time
 import unicodedata
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from anyio.to_thread import run_sync
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .jobs import Status
     from .library import Library
 
+Result = TypeVar("Result")
 CURVE_BINS = 720  # of the attention over time that is sent: as many as a page is wide
 FIRST_LOOK, LONGEST_LOOK = 0.05, 1.0  # seconds between two looks at a video that is being watched
 
@@ -108,6 +109,20 @@ class RunningAnswer:
     def cancel(self) -> None:
         """Write no more of it; nothing happens to one that has ended."""
         self._ticket.cancel()
+
+
+async def unless(happens: Coroutine[Any, Any, object], work: Coroutine[Any, Any, Result], error: Exception) -> Result:
+    """The result of some work; the error if something else happens before that, and the work has been cancelled."""
+    working, other = asyncio.ensure_future(work), asyncio.ensure_future(happens)
+    try:
+        await asyncio.wait((working, other), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise error
+        return working.result()
+    finally:
+        working.cancel()
+        other.cancel()
+        await asyncio.gather(working, other, return_exceptions=True)
 
 
 def stopping() -> ApiError:

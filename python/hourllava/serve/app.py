@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The HTTP application: OpenAI's chat completions about videos, their memories, a page, and what operators need."""
 
-import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from starlette.requests import ClientDisconnect
 
 from hourllava.errors import HourLlavaError
 
-from .answering import Service, check_budget, check_memory_name, is_awaited, stopping, watched
+from .answering import Service, check_budget, check_memory_name, is_awaited, stopping, unless, watched
 from .chat import read_conversation
 from .guard import Guard
 from .memories import memory_routes
@@ -90,10 +89,10 @@ def _add_chat(app: FastAPI, service: Service) -> None:
         answer = ChatAnswer(service, asked, conversation, memory)
         try:
             if not asked.stream:
-                return await _while_listened(request, _as_json(answer))
+                return await unless(_disconnected(request), _as_json(answer), ClientDisconnect())
             if memory is not None and not await _can_be_asked(service, memory, asked.wait):
                 return EventStream(answer)  # which begins with how far it is
-            return await _while_listened(request, _as_stream(answer))
+            return await unless(_disconnected(request), _as_stream(answer), ClientDisconnect())
         except BaseException:
             answer.cancel()
             raise
@@ -118,24 +117,6 @@ async def _can_be_asked(service: Service, memory: str, wait: bool) -> bool:
     async for _ in watched(service, memory, wait=False):
         pass
     return True
-
-
-async def _while_listened(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
-    """The response that some work gives.
-
-    Raises:
-        ClientDisconnect: the client has gone meanwhile; the work has been cancelled.
-    """
-    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
-    finally:
-        working.cancel()
-        gone.cancel()
-        await asyncio.gather(working, gone, return_exceptions=True)
 
 
 async def _disconnected(request: Request) -> None:
