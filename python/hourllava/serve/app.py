@@ -63,6 +63,8 @@ def create_app(service: Service) -> FastAPI:
 
 
 async def _tell(request: Request, error: Exception) -> JSONResponse:
+    if isinstance(error.__cause__, ClientDisconnect):  # which FastAPI takes for a body that cannot be read
+        raise error.__cause__
     problem = problem_of(error)
     assert problem is not None
     if isinstance(error, HTTPException) and error.status_code in (404, 405):

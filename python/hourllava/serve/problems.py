@@ -90,6 +90,8 @@ def problem_of(error: Exception) -> ApiError | None:
         return error
     if isinstance(error, RequestValidationError):
         return _of_body(error.errors(), error.body)
+    if isinstance(error, HTTPException) and error.__cause__ is not None:  # of the JSON decoder, by way of FastAPI
+        return ApiError(400, "the body cannot be read; send JSON in UTF-8, not nested too deep", code="invalid_json")
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail), code=_CODES.get(error.status_code))
     if isinstance(error, HourLlavaError):
