@@ -72,9 +72,7 @@ class Guard:
             return ApiError(403, why, code="wrong_host")
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != host:
-            why = (
-                f"a page of {origin!r} may not use this server, which is asked as {host!r}; a proxy has to pass Host on"
-            )
+            why = f"a page of {origin!r} may not use a server that is asked as {host!r}; a proxy has to pass Host on"
             return ApiError(403, why, code="wrong_origin")
         path = scope["path"]
         if service.key is not None and (path.startswith("/v1/") or path in ("/v1", "/metrics")):

@@ -136,8 +136,8 @@ def _path(place: Sequence[int | str], body: Any) -> str:
     """A place in a body as `messages[0].content`, without the names of alternatives that validation puts in between."""
     path = ""
     for number, step in enumerate(place):
-        if isinstance(step, int) and isinstance(body, list) and step < len(body):
-            body, path = body[step], f"{path}[{step}]"
+        if isinstance(step, int) and isinstance(body, list):
+            body, path = body[step] if step < len(body) else None, f"{path}[{step}]"
         elif isinstance(body, Mapping) and (step in body or number == len(place) - 1):
             body, path = body.get(step), f"{path}.{step}" if path else str(step)
     return path
