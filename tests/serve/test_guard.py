@@ -2,6 +2,7 @@
 """Who may ask, how much, and what operators see, of a server whose engine and library are scripted."""
 
 import socket
+from pathlib import Path
 
 import pytest
 from servers import PATIENCE, Client, Scripted, about, until
@@ -132,6 +133,16 @@ def test_the_page(client: Client) -> None:
         assert (reply.status, reply.headers["content-type"]) == (200, f"{kind}; charset=utf-8")
         assert reply.headers["content-security-policy"].startswith("default-src 'self'; img-src 'self' blob: data:;")
         assert reply.headers["x-content-type-options"] == "nosniff"
+
+
+def test_what_monitors_and_players_ask_first(client: Client, scene: Scripted, tmp_path: Path) -> None:
+    """HEAD gives the headers of GET, and no body."""
+    scene.library.film_path = tmp_path / "film.mp4"
+    scene.library.film_path.write_bytes(b"film")
+    for path in ("/health", "/", "/page.js", "/v1/memories/film/video"):
+        head, whole = (client.ask(method, path) for method in ("HEAD", "GET"))
+        assert (head.status, head.body) == (200, b"")
+        assert all(head.headers[name] == whole.headers[name] for name in ("content-type", "content-length"))
 
 
 def test_metrics(client: Client, scene: Scripted) -> None:

@@ -142,6 +142,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
 
 def _add_operation(app: FastAPI, service: Service) -> None:
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", tags=["operation"])
     async def health() -> dict[str, str]:
         """Whether questions are taken."""
@@ -157,7 +158,7 @@ def _add_operation(app: FastAPI, service: Service) -> None:
 
 def _add_page(app: FastAPI) -> None:
     def serve(route: str, file: str, kind: str) -> None:
-        @app.get(route, include_in_schema=False)
+        @app.api_route(route, methods=["GET", "HEAD"], include_in_schema=False)
         async def page() -> FileResponse:
             headers = {"content-security-policy": _POLICY, "cache-control": "no-cache"}
             return FileResponse(PAGE / file, media_type=kind, headers=headers)

@@ -101,6 +101,7 @@ def _add_pictures(routes: APIRouter, service: Service) -> None:
         data = await run_sync(_still, film, second, width, limiter=looking)
         return Response(data, media_type="image/jpeg", headers={"cache-control": KEPT})
 
+    @routes.head("/{name}/video", include_in_schema=False)
     @routes.get("/{name}/video", response_class=FileResponse)
     async def video(name: str) -> FileResponse:
         """The video's file, in whole or in ranges, as players ask for it."""
