@@ -105,6 +105,9 @@ def test_a_client_that_goes_cancels_its_answer(stream: bool, client: Client, sce
         assert not scene.engine.tickets[0].cancelled
     until(lambda: scene.engine.tickets[0].cancelled)
     assert client.ask("GET", "/health").status == 200
+    metrics = scene.service.metrics
+    until(lambda: metrics.completion_tokens._value.get() == 1)  # which was written for nobody
+    assert metrics.prompt_tokens._value.get() == 7
 
 
 def test_a_video_is_waited_for(client: Client, scene: Scripted) -> None:

@@ -79,6 +79,7 @@ class RunningAnswer:
         loop = asyncio.get_running_loop()
 
         def on_event(event: Event) -> None:
+            self._count(event)
             loop.call_soon_threadsafe(self._events.put_nowait, event)
 
         self._ticket: Ticket = service.engine.submit(prepare, wishes.sampling(), on_event)
@@ -91,9 +92,15 @@ class RunningAnswer:
             Exception: what kept the question from being prepared, or the answer from being written.
         """
         event = await self._events.get()
-        took, metrics = time.perf_counter() - self._asked, self._service.metrics
         if isinstance(event, Failed):
             raise event.error
+        if isinstance(event, Ended) and event.reason == "cancelled":
+            raise stopping()
+        return event
+
+    def _count(self, event: Event) -> None:
+        """Put an event into the metrics, whether or not there still is someone who reads it."""
+        took, metrics = time.perf_counter() - self._asked, self._service.metrics
         if isinstance(event, Began):
             metrics.prompt_tokens.inc(event.prompt_tokens)
         elif isinstance(event, Written) and self._first:
@@ -101,10 +108,8 @@ class RunningAnswer:
             metrics.first_text.observe(took)
         elif isinstance(event, Ended):
             metrics.completion_tokens.inc(event.completion_tokens)
-            if event.reason == "cancelled":
-                raise stopping()
-            metrics.answer.observe(took)
-        return event
+            if event.reason != "cancelled":
+                metrics.answer.observe(took)
 
     def cancel(self) -> None:
         """Write no more of it; nothing happens to one that has ended."""
