@@ -256,6 +256,19 @@ def test_room_that_comes_while_a_question_waits(
     assert client.chat(about("?", uuid="film")).status == 200
 
 
+@pytest.mark.parametrize("named", [{}, {"uuid": "film"}])
+def test_a_text_that_no_decoder_reads(named: dict[str, str], client: Client, scene: Scripted) -> None:
+    """It is refused before the engine's thread, which others wait for, counts its tokens."""
+    messages = about("x" * 16 * 4096, **named) if named else "x" * 16 * 4096
+    assert client.chat(messages).status == 200
+    told = [{"role": "user", "content": "ä"}, {"role": "assistant", "content": "b"}]
+    question = about("x" * 16 * 4096, **named) if named else [{"role": "user", "content": "x" * 16 * 4096}]
+    reply = client.chat([*told, *question])
+    why = f"it has {16 * 4096 + 3} bytes of text, and the decoder reads 4096 tokens"
+    assert (reply.status, reply.error["message"]) == (400, f"question: {why}; shorten it")
+    assert len(scene.prepared) == 1
+
+
 def test_a_full_engine(client: Client, scene: Scripted) -> None:
     scene.engine.full = True
     reply = client.chat()

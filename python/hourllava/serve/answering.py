@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from anyio.to_thread import run_sync
 
-from hourllava.errors import AdmissionError, MemoryFileError
+from hourllava.errors import AdmissionError, InputError, MemoryFileError
 from hourllava.memory.repository import check_name
 from hourllava.model import Moment, Prepared, find_moments, prepare
 from hourllava.model.budget import as_budget
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .library import Library
 
 Result = TypeVar("Result")
+BYTES_A_TOKEN = 16  # at most, on average over a whole conversation: words have about four
 CURVE_BINS = 720  # of the attention over time that is sent: as many as a page is wide
 FIRST_LOOK, LONGEST_LOOK = 0.05, 1.0  # seconds between two looks at a video that is being watched
 
@@ -178,6 +179,18 @@ def check_budget(text: str | None) -> None:
         as_budget(text)
 
 
+def check_texts(conversation: Conversation, tokens: int) -> None:
+    """Raise InputError if the texts of a conversation are far longer than so many tokens can be.
+
+    How many tokens they are is found out on the engine's thread, where megabytes of text would hold up everyone.
+    """
+    said = (conversation.system or "", *(text for turn in conversation.history for text in turn), conversation.question)
+    size = sum(len(text.encode()) for text in said)
+    if size > BYTES_A_TOKEN * tokens:
+        why = f"it has {size} bytes of text, and the decoder reads {tokens} tokens"
+        raise InputError("question", why, "shorten it")
+
+
 def check_memory_name(name: str, param: str) -> None:
     """Raise ApiError unless a memory can have the name that a client gives in `param`."""
     if any(unicodedata.category(letter) == "Cc" for letter in name):
@@ -223,8 +236,10 @@ async def ask(service: Service, conversation: Conversation, memory: str | None, 
 
     Raises:
         BusyError: too many questions are waiting.
+        InputError: the texts are longer than the decoder can read.
         HourLlavaError: an image cannot be fetched or seen; the memory cannot be read.
     """
+    check_texts(conversation, service.model.config.text_config.max_position_embeddings)
     if memory is None:
         messages = await run_sync(load_pictures, conversation.messages, service.policy)
         return RunningAnswer(service, partial(prepare_pictures, service.model, messages), wishes)
