@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -112,6 +113,7 @@ class ScriptedLibrary:
         self.held: dict[str, Status] = {}
         self.errors: dict[str, Exception] = {}
         self.asked: list[tuple[Any, ...]] = []
+        self.incoming: list[str] = []
         self.uploads: dict[str, list[bytes]] = {}
         self.full: Exception | None = None  # of an upload
         self.aborted: list[str] = []
@@ -165,6 +167,7 @@ class ScriptedLibrary:
         return _Incoming(self, name)
 
     def upload(self, name: str) -> _Incoming:
+        self.incoming.append(name)
         return _Incoming(self, name)
 
     def film(self, name: str) -> Path | None:
@@ -217,7 +220,8 @@ def scripted() -> Scripted:
     """A service whose engine and library do as they are told; nothing of it is a model."""
     engine, library = ScriptedEngine(), ScriptedLibrary()
     metrics = Metrics(engine, library)  # type: ignore[arg-type]
-    model: Any = None
+    text = SimpleNamespace(max_position_embeddings=4096)
+    model: Any = SimpleNamespace(config=SimpleNamespace(text_config=text))
     service = Service(model, "small", engine, library, metrics, SourcePolicy())  # type: ignore[arg-type]
     return Scripted(service, engine, library)
 

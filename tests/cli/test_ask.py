@@ -85,6 +85,12 @@ def test_plot(clip: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixtu
         assert image.width > 1000
 
 
+def test_two_pictures_are_not_one(clip: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = str(tmp_path / "a.png")
+    assert main(["ask", clip, "What?", "--plot", picture, "--evidence", picture]) == 1
+    assert "--plot and --evidence: they name the same file" in capsys.readouterr().err
+
+
 def test_plot_marks_the_moments_of_an_hour(tmp_path: Path) -> None:
     """Two seconds of 3600 can be seen: their mark is in the picture, and is not there without them."""
     mass = torch.full((3600,), 0.3 / 3598)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every bad input: one line on stderr, an exit code, no traceback. And the commands that only hand over."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from clips import CLIP_SECONDS, SIDE, board, cut, damage, write_tone
 import hourllava.cli.doctor
 from hourllava.cli import main
 from hourllava.errors import HourLlavaError
+from hourllava.memory import Repository, VideoMemory
 from hourllava.video import write_video
 
 QUESTION = "Which colour was the star?"
@@ -35,6 +37,8 @@ def bad_file(request: pytest.FixtureRequest, tmp_path: Path, clip: str) -> str:
     match request.param:
         case "directory":
             path.mkdir()
+        case "pipe":
+            os.mkfifo(path)
         case "text":
             path.write_text("Dear diary.\n" * 100)
         case "empty":
@@ -50,6 +54,7 @@ def bad_file(request: pytest.FixtureRequest, tmp_path: Path, clip: str) -> str:
 BAD_FILES = {
     "missing": "there is no such file",
     "directory": "is a directory",
+    "pipe": "is not a regular file",
     "text": "is not a video",
     "empty": "is empty",
     "sound": "no video, only audio",
@@ -298,6 +303,26 @@ def test_as_a_program(tmp_path: Path) -> None:
     )
     assert (missing.returncode, missing.stdout) == (1, "")
     assert missing.stderr == "hourllava: question 1: it is empty; ask something about the video\n"
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_as_a_program_that_may_say_nothing(closed: str, tmp_path: Path) -> None:
+    Repository(tmp_path)
+    program = f"{sys.executable} -m hourllava memory list {tmp_path} {closed}"
+    silent = subprocess.run(program, shell=True, capture_output=True, text=True, check=False)
+    assert (silent.returncode, silent.stdout, silent.stderr) == (0, "", "")
+
+
+def test_a_memory_of_a_film_whose_name_is_no_utf_8(
+    clip: str, model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    film, memory = tmp_path / os.fsdecode(b"caf\xe9.mp4"), tmp_path / "café.memory"
+    shutil.copy(clip, film)
+    line = refused(["watch", clip, "-o", str(film.with_suffix(".memory")), "--model", model], capfd)
+    assert "can be read only under a name in UTF-8" in line
+    assert main(["watch", str(film), "-o", str(memory), "--model", model]) == 0
+    assert main(["ask", str(memory), QUESTION, "--model", model]) == 0
+    assert VideoMemory.load(memory).source == f"{tmp_path}/caf?.mp4"
 
 
 @pytest.mark.parametrize("command", ["ask", "watch", "watch into", "serve", "evaluate"])

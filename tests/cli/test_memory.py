@@ -3,10 +3,11 @@
 
 import json
 import os
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from clips import CLIP_SECONDS
+from clips import CLIP_SECONDS, write_clip
 from memories import full_disk
 
 from hourllava.cli import main
@@ -74,6 +75,7 @@ def test_wrong_names(clip: str, model: str, tmp_path: Path, capfd: pytest.Captur
         *[([*watch, *into, name], "is no name for a folder") for name in ("../x", "a/b", ".", "..", "", str(outside))],
         ([*watch, *into, os.fsdecode(b"caf\xe9")], "only names and paths in UTF-8"),
         (["watch", str(tmp_path / "no.mp4"), *into, "no", "--model", model], "there is no such file"),
+        (["watch", "rtsp://me:pw@cam/1", *into, "x"], "rtsp://cam/1: it is an address and no file; add --follow"),
         ([*watch, "-o", str(outside), "--name", "x"], "they say how a repository keeps a video; give --into"),
         ([*watch, "-o", str(outside), "--pages"], "they say how a repository keeps a video; give --into"),
         (["ask", str(place), QUESTION, "--model", model], f"it holds many memories; name one, as {place}/NAME"),
@@ -89,6 +91,24 @@ def test_wrong_names(clip: str, model: str, tmp_path: Path, capfd: pytest.Captur
         assert why in err
     assert Repository(place).videos() == []
     assert [path.name for path in tmp_path.iterdir()] == ["memories"]
+
+
+def test_another_film_of_the_same_name(
+    clip: str, model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It is not taken for the rest of the first; the same film is, by whichever path."""
+    place, other = tmp_path / "memories", tmp_path / "other" / "clip.mp4"
+    other.parent.mkdir()
+    write_clip(other, range(20 * CLIP_SECONDS), Fraction(1, 10), options={"g": "20"})
+    (tmp_path / "link.mp4").symlink_to(clip)
+    into = ["--into", str(place), "--name", "clip", "--model", model]
+    assert main(["watch", clip, *into]) == 0
+    assert main(["watch", str(tmp_path / "link.mp4"), *into]) == 0
+    capfd.readouterr()
+    assert main(["watch", str(other), *into]) == 1
+    why = f"it is the memory of {clip} and not of {other}; choose another --name than clip, or delete it first"
+    assert capfd.readouterr() == ("", f"hourllava: {place}/clip: {why}\n")
+    assert Repository(place).videos()[0].frames == CLIP_SECONDS
 
 
 def test_no_repository(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import threading
 from typing import Any
 
 import pytest
-from servers import ANSWER, PATIENCE, Client, Scripted, about, scripted, serving, until
+from servers import ANSWER, PATIENCE, Client, Scripted, about, until
 
 from hourllava.errors import (
     AdmissionError,
@@ -105,6 +105,9 @@ def test_a_client_that_goes_cancels_its_answer(stream: bool, client: Client, sce
         assert not scene.engine.tickets[0].cancelled
     until(lambda: scene.engine.tickets[0].cancelled)
     assert client.ask("GET", "/health").status == 200
+    metrics = scene.service.metrics
+    until(lambda: metrics.completion_tokens._value.get() == 1)  # which was written for nobody
+    assert metrics.prompt_tokens._value.get() == 7
 
 
 def test_a_video_is_waited_for(client: Client, scene: Scripted) -> None:
@@ -253,6 +256,19 @@ def test_room_that_comes_while_a_question_waits(
     assert client.chat(about("?", uuid="film")).status == 200
 
 
+@pytest.mark.parametrize("named", [{}, {"uuid": "film"}])
+def test_a_text_that_no_decoder_reads(named: dict[str, str], client: Client, scene: Scripted) -> None:
+    """It is refused before the engine's thread, which others wait for, counts its tokens."""
+    messages = about("x" * 16 * 4096, **named) if named else "x" * 16 * 4096
+    assert client.chat(messages).status == 200
+    told = [{"role": "user", "content": "ä"}, {"role": "assistant", "content": "b"}]
+    question = about("x" * 16 * 4096, **named) if named else [{"role": "user", "content": "x" * 16 * 4096}]
+    reply = client.chat([*told, *question])
+    why = f"it has {16 * 4096 + 3} bytes of text, and the decoder reads 4096 tokens"
+    assert (reply.status, reply.error["message"]) == (400, f"question: {why}; shorten it")
+    assert len(scene.prepared) == 1
+
+
 def test_a_full_engine(client: Client, scene: Scripted) -> None:
     scene.engine.full = True
     reply = client.chat()
@@ -337,31 +353,3 @@ def test_a_body_that_is_not_marked_as_json(client: Client) -> None:
 def test_a_name_that_no_memory_can_have(client: Client) -> None:
     reply = client.chat(about("?", url="/a.mp4", uuid="../a"))
     assert (reply.status, reply.error["param"]) == (400, "uuid")
-
-
-def test_it_ends_cleanly() -> None:
-    """Who waits for a video is told at once; a running answer has a while, and then is told, too."""
-    scene = scripted()
-    scene.library.add("long", "watching", 5)
-    with serving(scene.service) as address:
-        body = {"messages": about("?", uuid="long"), "stream": True}
-        connection, response = Client(address).open("POST", "/v1/chat/completions", body)
-    with contextlib.closing(connection):
-        lines = [line for line in response.read().decode().splitlines() if line]
-    assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == "stopping"
-    assert lines[-1] == "data: [DONE]"
-    assert scene.engine.closed
-    assert scene.library.closed
-
-
-def test_an_answer_that_does_not_end(scene: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hourllava.serve.running.GRACE", 0.2)
-    scene.engine.script = (Written("One"), threading.Event(), *ANSWER)
-    with serving(scene.service) as address:
-        body = {"messages": about("?", uuid="film"), "stream": True}
-        connection, response = Client(address).open("POST", "/v1/chat/completions", body)
-        until(lambda: scene.engine.asked)
-    with contextlib.closing(connection):
-        lines = [line for line in response.read().decode().splitlines() if line]
-    assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == "stopping"
-    assert lines[-1] == "data: [DONE]"

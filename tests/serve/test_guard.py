@@ -2,9 +2,10 @@
 """Who may ask, how much, and what operators see, of a server whose engine and library are scripted."""
 
 import socket
+from pathlib import Path
 
 import pytest
-from servers import PATIENCE, Client, Scripted, about
+from servers import PATIENCE, Client, Scripted, about, until
 
 from hourllava.serve.guard import MAX_BODY
 
@@ -26,6 +27,23 @@ def test_a_body_that_is_too_long(told: bool, client: Client, monkeypatch: pytest
         answer = connection.recv(10000)
     assert answer.startswith(b"HTTP/1.1 413 ")
     assert client.ask("PUT", "/v1/memories/new", b"x" * 3000).status == 202
+
+
+@pytest.mark.parametrize("body", [b'{"messages": "\xe9"}', b"[" * 100_000, b"\x1f\x8b\x08"])
+def test_a_body_that_cannot_be_read(body: bytes, client: Client) -> None:
+    reply = client.ask("POST", "/v1/chat/completions", body, {"content-type": "application/json"})
+    assert (reply.status, reply.error["code"]) == (400, "invalid_json")
+    assert reply.error["message"] == "the body cannot be read; send JSON in UTF-8, not nested too deep"
+
+
+def test_a_client_that_goes_before_its_body_is_whole(client: Client, scene: Scripted) -> None:
+    """It is counted as one that has gone, and not as one that sent nonsense."""
+    with socket.create_connection(client.address, PATIENCE) as connection:
+        connection.sendall(f"{POST}content-length: 9\r\n\r\n{{".encode())
+        until(lambda: client.ask("GET", "/health").status == 200)
+    requests = scene.service.metrics.requests
+    until(lambda: requests.labels("/v1/chat/completions", "499")._value.get() == 1)
+    assert requests.labels("/v1/chat/completions", "400")._value.get() == 0
 
 
 @pytest.fixture
@@ -115,6 +133,16 @@ def test_the_page(client: Client) -> None:
         assert (reply.status, reply.headers["content-type"]) == (200, f"{kind}; charset=utf-8")
         assert reply.headers["content-security-policy"].startswith("default-src 'self'; img-src 'self' blob: data:;")
         assert reply.headers["x-content-type-options"] == "nosniff"
+
+
+def test_what_monitors_and_players_ask_first(client: Client, scene: Scripted, tmp_path: Path) -> None:
+    """HEAD gives the headers of GET, and no body."""
+    scene.library.film_path = tmp_path / "film.mp4"
+    scene.library.film_path.write_bytes(b"film")
+    for path in ("/health", "/", "/page.js", "/v1/memories/film/video"):
+        head, whole = (client.ask(method, path) for method in ("HEAD", "GET"))
+        assert (head.status, head.body) == (200, b"")
+        assert all(head.headers[name] == whole.headers[name] for name in ("content-type", "content-length"))
 
 
 def test_metrics(client: Client, scene: Scripted) -> None:

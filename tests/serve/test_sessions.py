@@ -79,6 +79,19 @@ def test_frames_and_questions(client: Client, scene: Scripted) -> None:
     assert scene.library.closed_live == [name]
 
 
+def test_a_question_goes_on_with_what_has_been_said(client: Client, scene: Scripted) -> None:
+    with opened(client) as session:
+        session.send("session.config", memory="film")
+        session.next("session.created")
+        said = session.ask("When?")["text"]
+        session.send("video.query", text="Where?", history=[["When?", said], ["Why?", ""]])
+        session.next("response.start")
+    until(lambda: len(scene.prepared) == 2)
+    (_, first, options), (_, second, later) = scene.prepared
+    assert (first, options.history) == ("When?", ())
+    assert (second, later.history) == ("Where?", (("When?", "It was red."), ("Why?", "")))
+
+
 def test_a_video_that_is_held_is_asked(client: Client, scene: Scripted) -> None:
     """Without taking it over; frames go on with it."""
     with opened(client) as session:
@@ -165,6 +178,9 @@ EVENTS: list[tuple[Any, str]] = [
     ({"type": "video.frame", "data": "", "second": 5}, "second"),
     ({"type": "video.query", "text": 5}, "text"),
     ({"type": "video.query", "text": "\ud800"}, "not JSON"),
+    ({"type": "video.query", "text": "?", "history": "When?"}, "history"),
+    ({"type": "video.query", "text": "?", "history": [["When?"]]}, "history[0][1] is missing"),
+    ({"type": "video.query", "text": "?", "history": [["", "red"]]}, "history[0][0]"),
     ({"type": "session.config"}, "has its config"),
 ]
 

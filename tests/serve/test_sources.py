@@ -11,7 +11,7 @@ from hourllava.errors import HourLlavaError, SourceError
 from hourllava.memory.repository import check_name
 from hourllava.serve.fetching import fetch
 from hourllava.serve.files import Stop
-from hourllava.serve.sources import SourcePolicy, identify, identify_stream, same_source, without_secrets
+from hourllava.serve.sources import SourcePolicy, identify, identify_stream, same_source
 
 BODY = os.urandom(1000)
 
@@ -172,19 +172,6 @@ def test_a_password_is_refused_and_not_told() -> None:
     line = refusal("http://me:open%20sesame@example.com/a", SourcePolicy(domains=("example.com",)))
     assert line.startswith("http://example.com/a: it holds a user's name")
     assert "sesame" not in line
-
-
-@pytest.mark.parametrize(
-    ("url", "shown"),
-    [
-        ("rtsp://me:p@ss@camera/1", "rtsp://camera/1"),
-        ("srt://host:9?mode=caller&passphrase=abc#x", "srt://host:9?mode=caller&passphrase=...#x"),
-        ("https://s/v?X-Amz-Signature=1f&v=2&access_TOKEN=3", "https://s/v?X-Amz-Signature=...&v=2&access_TOKEN=..."),
-        ("https://s/watch?v=pass@word", "https://s/watch?v=pass@word"),
-    ],
-)
-def test_secrets_are_not_recorded(url: str, shown: str) -> None:
-    assert without_secrets(url) == shown
 
 
 def test_names_of_memories(served: Path) -> None:

@@ -233,7 +233,17 @@ def test_addresses_and_paths() -> None:
         ("rtsp://camera/1?a@b", "rtsp://camera/1?a@b"),
         ("rtsp://me:p@ss:w@camera:554/1@2", "rtsp://camera:554/1@2"),
         ("http://me@camera?x=//y@z", "http://camera?x=//y@z"),
+        ("srt://host:9?mode=caller&passphrase=abc#x", "srt://host:9?mode=caller&passphrase=...#x"),
+        ("https://s/v?X-Amz-Signature=1f&v=2&access_TOKEN=3", "https://s/v?X-Amz-Signature=...&v=2&access_TOKEN=..."),
+        ("https://s/v?sp=r&sig=a%2F&api_key=b&auth=c", "https://s/v?sp=r&sig=...&api_key=...&auth=..."),
+        ("https://s/watch?v=pass@word&design=1&author=2", "https://s/watch?v=pass@word&design=1&author=2"),
     ],
 )
 def test_a_password_is_told_to_nobody(address: str, name: str) -> None:
     assert LiveReader(address).name == name
+
+
+def test_a_path_holds_no_secret(tmp_path: Path) -> None:
+    path = f"{tmp_path}//me@home?token=b"
+    Path(path).touch()
+    assert LiveReader(path).name == path

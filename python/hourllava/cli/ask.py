@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hourllava.cli.watch import check_picture, take_in, warn_of_loss
-from hourllava.errors import MemoryFileError, QuestionError
+from hourllava.errors import HourLlavaError, MemoryFileError, QuestionError
 
 if TYPE_CHECKING:
     from hourllava.memory import ShardedMemory, VideoMemory
@@ -41,6 +41,8 @@ def ask(request: AskRequest) -> bool:
     for picture in (request.plot, request.evidence):
         if picture:
             check_picture(picture)
+    if request.plot and request.evidence and request.plot.resolve() == request.evidence.resolve():
+        raise HourLlavaError("--plot and --evidence", "they name the same file", "give each a name of its own")
     from tqdm import tqdm
 
     from hourllava.cli.evidence import film_of, write_contact_sheet

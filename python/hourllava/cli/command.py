@@ -31,6 +31,9 @@ exit codes: 0 all went well; 1 it could not be done, one line on stderr says why
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; usage errors exit with 2, as argparse does."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # it was closed, and the next file to be opened would take its place
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a name or question in another encoding is no reason to fail
@@ -307,16 +310,16 @@ def _ask(args: argparse.Namespace) -> int:
 def _watch(args: argparse.Namespace) -> int:
     from hourllava.cli.watch import stopping, watch, watch_into
     from hourllava.memory.repository import check_name
-    from hourllava.video import LiveReader, is_url
+    from hourllava.video import LiveReader, is_url, without_secrets
 
     progress = args.progress or sys.stderr.isatty()
     if is_url(args.video) and not args.follow:
-        raise HourLlavaError(args.video, "it is an address and no file", "add --follow")
+        raise HourLlavaError(without_secrets(args.video), "it is an address and no file", "add --follow")
     if args.into is None and (args.name or args.pages or args.precision != "bfloat16"):
         why, todo = "they say how a repository keeps a video", "give --into and no --output"
         raise HourLlavaError("--name, --pages and --precision", why, todo)
     if is_url(args.video) and args.into is not None and args.name is None:
-        raise HourLlavaError(args.video, "a stream has no file's name to be called by", "add --name")
+        raise HourLlavaError(without_secrets(args.video), "a stream has no file's name to be called by", "add --name")
     with stopping() if args.follow else nullcontext() as stop:
         video = LiveReader(args.video, args.idle, stop) if args.follow else Path(args.video)
         if args.into is None:

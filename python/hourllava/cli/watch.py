@@ -29,6 +29,8 @@ def watch(video: "Path | LiveReader", output: Path, model_name: str, progress: b
         HourLlavaError: anything that keeps the memory from being written.
     """
     check_output(output)
+    if str(output).encode(errors="replace") != os.fsencode(output):
+        raise HourLlavaError(output, "a memory can be read only under a name in UTF-8", "choose another name")
     from hourllava.cli.text import print_times
     from hourllava.model import best_device, load_model
     from hourllava.video import clock
@@ -48,7 +50,7 @@ def watch_into(
 ) -> bool:
     """Watch ``video`` into a repository, as ``entry``, its directory and a name; True if part of the video was lost.
 
-    An entry that is there already is gone on with where it ends; a stream, which has no beginning, is added to it.
+    An entry of the same video is gone on with where it ends; a stream, which has no beginning, is added to it.
 
     Raises:
         HourLlavaError: anything that keeps the memory from being written; what was committed stays.
@@ -58,12 +60,15 @@ def watch_into(
     from hourllava.model import FrameWriter, best_device, load_model
     from hourllava.video import clock
 
-    repository = Repository(entry.parent)
+    repository, source = Repository(entry.parent), name_of(video, absolute=True)
+    begun = repository.catalogue.find(entry.name)
+    if begun is not None and begun.source and os.path.realpath(begun.source) != os.path.realpath(source):
+        todo = f"choose another --name than {entry.name}, or delete it first"
+        raise MemoryFileError(entry, f"it is the memory of {begun.source} and not of {source}", todo)
     model = load_model(model_name, device=best_device())
     writer = FrameWriter(model)
-    begun = repository.catalogue.find(entry.name)
     if begun is None:
-        memory = repository.add(entry.name, writer, precision, pages, name_of(video, absolute=True))
+        memory = repository.add(entry.name, writer, precision, pages, source)
     elif (pages and not begun.pages) or precision not in ("bfloat16", begun.precision):
         why = f"it is kept with {begun.precision} features and {'' if begun.pages else 'no '}ready pages"
         raise MemoryFileError(entry, why, "leave out --precision and --pages, or choose another --name")
@@ -156,6 +161,8 @@ def is_kept(source: Path) -> bool:
 def is_memory_file(path: Path) -> bool:
     """Whether a file begins as safetensors files do: 8 bytes of header length, then a JSON object."""
     try:
+        if not path.is_file():
+            return False  # a pipe would be waited for
         with path.open("rb") as file:
             return file.read(10)[8:] == b'{"'
     except OSError:

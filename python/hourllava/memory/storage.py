@@ -57,7 +57,9 @@ def write_memory_file(path: str | os.PathLike[str], tensors: dict[str, Pieces], 
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         with temporary.open("wb") as file:
-            digest = _write_safetensors(file, tensors, {**notes, "format": FORMAT})
+            # A path may hold bytes that are no UTF-8, and the file could not be read again.
+            whole = {word: text.encode(errors="replace").decode() for word, text in notes.items()}
+            digest = _write_safetensors(file, tensors, {**whole, "format": FORMAT})
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)

@@ -4,15 +4,15 @@
 import asyncio
 import time
 import unicodedata
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from anyio.to_thread import run_sync
 
-from hourllava.errors import AdmissionError, MemoryFileError
+from hourllava.errors import AdmissionError, InputError, MemoryFileError
 from hourllava.memory.repository import check_name
 from hourllava.model import Moment, Prepared, find_moments, prepare
 from hourllava.model.budget import as_budget
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from .jobs import Status
     from .library import Library
 
+Result = TypeVar("Result")
+BYTES_A_TOKEN = 16  # at most, on average over a whole conversation: words have about four
 CURVE_BINS = 720  # of the attention over time that is sent: as many as a page is wide
 FIRST_LOOK, LONGEST_LOOK = 0.05, 1.0  # seconds between two looks at a video that is being watched
 
@@ -78,6 +80,7 @@ class RunningAnswer:
         loop = asyncio.get_running_loop()
 
         def on_event(event: Event) -> None:
+            self._count(event)
             loop.call_soon_threadsafe(self._events.put_nowait, event)
 
         self._ticket: Ticket = service.engine.submit(prepare, wishes.sampling(), on_event)
@@ -90,9 +93,15 @@ class RunningAnswer:
             Exception: what kept the question from being prepared, or the answer from being written.
         """
         event = await self._events.get()
-        took, metrics = time.perf_counter() - self._asked, self._service.metrics
         if isinstance(event, Failed):
             raise event.error
+        if isinstance(event, Ended) and event.reason == "cancelled":
+            raise stopping()
+        return event
+
+    def _count(self, event: Event) -> None:
+        """Put an event into the metrics, whether or not there still is someone who reads it."""
+        took, metrics = time.perf_counter() - self._asked, self._service.metrics
         if isinstance(event, Began):
             metrics.prompt_tokens.inc(event.prompt_tokens)
         elif isinstance(event, Written) and self._first:
@@ -100,14 +109,26 @@ class RunningAnswer:
             metrics.first_text.observe(took)
         elif isinstance(event, Ended):
             metrics.completion_tokens.inc(event.completion_tokens)
-            if event.reason == "cancelled":
-                raise stopping()
-            metrics.answer.observe(took)
-        return event
+            if event.reason != "cancelled":
+                metrics.answer.observe(took)
 
     def cancel(self) -> None:
         """Write no more of it; nothing happens to one that has ended."""
         self._ticket.cancel()
+
+
+async def unless(happens: Coroutine[Any, Any, object], work: Coroutine[Any, Any, Result], error: Exception) -> Result:
+    """The result of some work; the error if something else happens before that, and the work has been cancelled."""
+    working, other = asyncio.ensure_future(work), asyncio.ensure_future(happens)
+    try:
+        await asyncio.wait((working, other), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise error
+        return working.result()
+    finally:
+        working.cancel()
+        other.cancel()
+        await asyncio.gather(working, other, return_exceptions=True)
 
 
 def stopping() -> ApiError:
@@ -158,6 +179,18 @@ def check_budget(text: str | None) -> None:
         as_budget(text)
 
 
+def check_texts(conversation: Conversation, tokens: int) -> None:
+    """Raise InputError if the texts of a conversation are far longer than so many tokens can be.
+
+    How many tokens they are is found out on the engine's thread, where megabytes of text would hold up everyone.
+    """
+    said = (conversation.system or "", *(text for turn in conversation.history for text in turn), conversation.question)
+    size = sum(len(text.encode()) for text in said)
+    if size > BYTES_A_TOKEN * tokens:
+        why = f"it has {size} bytes of text, and the decoder reads {tokens} tokens"
+        raise InputError("question", why, "shorten it")
+
+
 def check_memory_name(name: str, param: str) -> None:
     """Raise ApiError unless a memory can have the name that a client gives in `param`."""
     if any(unicodedata.category(letter) == "Cc" for letter in name):
@@ -203,8 +236,10 @@ async def ask(service: Service, conversation: Conversation, memory: str | None, 
 
     Raises:
         BusyError: too many questions are waiting.
+        InputError: the texts are longer than the decoder can read.
         HourLlavaError: an image cannot be fetched or seen; the memory cannot be read.
     """
+    check_texts(conversation, service.model.config.text_config.max_position_embeddings)
     if memory is None:
         messages = await run_sync(load_pictures, conversation.messages, service.policy)
         return RunningAnswer(service, partial(prepare_pictures, service.model, messages), wishes)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The HTTP application: OpenAI's chat completions about videos, their memories, a page, and what operators need."""
 
-import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from starlette.requests import ClientDisconnect
 
 from hourllava.errors import HourLlavaError
 
-from .answering import Service, check_budget, check_memory_name, is_awaited, stopping, watched
+from .answering import Service, check_budget, check_memory_name, is_awaited, stopping, unless, watched
 from .chat import read_conversation
 from .guard import Guard
 from .memories import memory_routes
@@ -64,6 +63,8 @@ def create_app(service: Service) -> FastAPI:
 
 
 async def _tell(request: Request, error: Exception) -> JSONResponse:
+    if isinstance(error.__cause__, ClientDisconnect):  # which FastAPI takes for a body that cannot be read
+        raise error.__cause__
     problem = problem_of(error)
     assert problem is not None
     if isinstance(error, HTTPException) and error.status_code in (404, 405):
@@ -90,10 +91,10 @@ def _add_chat(app: FastAPI, service: Service) -> None:
         answer = ChatAnswer(service, asked, conversation, memory)
         try:
             if not asked.stream:
-                return await _while_listened(request, _as_json(answer))
+                return await unless(_disconnected(request), _as_json(answer), ClientDisconnect())
             if memory is not None and not await _can_be_asked(service, memory, asked.wait):
                 return EventStream(answer)  # which begins with how far it is
-            return await _while_listened(request, _as_stream(answer))
+            return await unless(_disconnected(request), _as_stream(answer), ClientDisconnect())
         except BaseException:
             answer.cancel()
             raise
@@ -120,24 +121,6 @@ async def _can_be_asked(service: Service, memory: str, wait: bool) -> bool:
     return True
 
 
-async def _while_listened(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
-    """The response that some work gives.
-
-    Raises:
-        ClientDisconnect: the client has gone meanwhile; the work has been cancelled.
-    """
-    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
-    finally:
-        working.cancel()
-        gone.cancel()
-        await asyncio.gather(working, gone, return_exceptions=True)
-
-
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
@@ -159,6 +142,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
 
 def _add_operation(app: FastAPI, service: Service) -> None:
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", tags=["operation"])
     async def health() -> dict[str, str]:
         """Whether questions are taken."""
@@ -174,7 +158,7 @@ def _add_operation(app: FastAPI, service: Service) -> None:
 
 def _add_page(app: FastAPI) -> None:
     def serve(route: str, file: str, kind: str) -> None:
-        @app.get(route, include_in_schema=False)
+        @app.api_route(route, methods=["GET", "HEAD"], include_in_schema=False)
         async def page() -> FileResponse:
             headers = {"content-security-policy": _POLICY, "cache-control": "no-cache"}
             return FileResponse(PAGE / file, media_type=kind, headers=headers)

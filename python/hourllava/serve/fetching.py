@@ -13,9 +13,10 @@ from pathlib import Path
 from urllib.parse import quote, urljoin, urlsplit
 
 from hourllava.errors import SourceError
+from hourllava.video import without_secrets
 
 from .files import PARTIAL, PartialFile, Stop, Stopped, too_large, unwritable
-from .sources import Source, SourcePolicy, identify, regular_file, without_secrets
+from .sources import Source, SourcePolicy, identify, regular_file
 
 PIECE = 1 << 20  # bytes, or letters of base64, at a time; a multiple of 4
 JPEG = b"\xff\xd8\xff"

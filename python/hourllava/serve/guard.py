@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What stands around every route: who may ask, how large a body may be, and that each response can be traced."""
 
+import asyncio
 import hmac
 import ipaddress
 import logging
@@ -13,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .answering import Service
+from .answering import Service, stopping
 from .problems import ApiError, hidden_problem
 
 _log = logging.getLogger(__name__)
@@ -51,6 +52,10 @@ class Guard:
             await self._app(scope, call.receive, call.send)
         except ClientDisconnect:
             pass  # nobody is left to be told
+        except asyncio.CancelledError:
+            if not self._service.stopping.is_set():
+                raise
+            await call.refuse(stopping())  # to who was still sending, or has not read, when all time was up
         except Exception:
             _log.exception("request %s: %s %s failed", call.id, scope.get("method", "WS"), scope["path"])
             await call.refuse(hidden_problem(call.id))
@@ -67,7 +72,8 @@ class Guard:
             return ApiError(403, why, code="wrong_host")
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != host:
-            return ApiError(403, f"a page of {origin!r} may not use this server", code="wrong_origin")
+            why = f"a page of {origin!r} may not use a server that is asked as {host!r}; a proxy has to pass Host on"
+            return ApiError(403, why, code="wrong_origin")
         path = scope["path"]
         if service.key is not None and (path.startswith("/v1/") or path in ("/v1", "/metrics")):
             given = _given_key(headers)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from hourllava.video import stills
 
-from .answering import Service, check_memory_name
+from .answering import Service, check_memory_name, stopping, unless
 from .files import too_large
 from .problems import ApiError
 from .schemas import MemoryRequest
@@ -67,7 +67,7 @@ def memory_routes(service: Service) -> APIRouter:
         size, most = request.headers.get("content-length", ""), service.policy.max_bytes
         if size.isdecimal() and int(size) > most:
             raise too_large(name, int(size), most)  # before it is sent: curl and others wait for a word
-        await _receive(service, name, request)
+        await unless(service.stopping.wait(), _receive(service, name, request), stopping())
         return await status_of(name)
 
     @routes.delete("/{name}")
@@ -101,6 +101,7 @@ def _add_pictures(routes: APIRouter, service: Service) -> None:
         data = await run_sync(_still, film, second, width, limiter=looking)
         return Response(data, media_type="image/jpeg", headers={"cache-control": KEPT})
 
+    @routes.head("/{name}/video", include_in_schema=False)
     @routes.get("/{name}/video", response_class=FileResponse)
     async def video(name: str) -> FileResponse:
         """The video's file, in whole or in ranges, as players ask for it."""

@@ -92,6 +92,8 @@ def problem_of(error: Exception) -> ApiError | None:
         return error
     if isinstance(error, RequestValidationError):
         return _of_body(error.errors(), error.body)
+    if isinstance(error, HTTPException) and error.__cause__ is not None:  # of the JSON decoder, by way of FastAPI
+        return ApiError(400, "the body cannot be read; send JSON in UTF-8, not nested too deep", code="invalid_json")
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail), code=_CODES.get(error.status_code))
     if isinstance(error, HourLlavaError):
@@ -136,8 +138,8 @@ def _path(place: Sequence[int | str], body: Any) -> str:
     """A place in a body as `messages[0].content`, without the names of alternatives that validation puts in between."""
     path = ""
     for number, step in enumerate(place):
-        if isinstance(step, int) and isinstance(body, list) and step < len(body):
-            body, path = body[step], f"{path}[{step}]"
+        if isinstance(step, int) and isinstance(body, list):
+            body, path = body[step] if step < len(body) else None, f"{path}[{step}]"
         elif isinstance(body, Mapping) and (step in body or number == len(place) - 1):
             body, path = body.get(step), f"{path}.{step}" if path else str(step)
     return path

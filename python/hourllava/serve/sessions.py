@@ -3,6 +3,7 @@
 
 import asyncio
 import contextlib
+import json
 import logging
 import uuid
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -42,6 +43,7 @@ class VideoFrame(Body):
 class VideoQuery(Body):
     type: Literal["video.query"]
     text: Text
+    history: tuple[tuple[Name, Text], ...] = ()  # earlier questions and their answers
 
 
 class VideoDone(Body):
@@ -99,7 +101,8 @@ class _Session:
             event = _EVENTS.validate_json(text)
         except ValidationError as error:
             errors = [each | {"loc": ("body", *each["loc"])} for each in error.errors()]
-            raise RequestValidationError(errors, body={}) from error
+            body = {} if errors[0]["type"] == "json_invalid" else json.loads(text)
+            raise RequestValidationError(errors, body=body) from error
         if self._done:
             raise ApiError(400, "the session is done; open another one")
         if isinstance(event, SessionConfig):
@@ -145,17 +148,18 @@ class _Session:
         """Answer the questions of the session one after the other."""
         while (query := await self._queries.get()) is not None:
             try:
-                await self._answer_one(query.text)
+                await self._answer_one(query)
             except Exception as error:
                 await self._tell_problem(error)
         with contextlib.suppress(RuntimeError, WebSocketDisconnect):
             await self._socket.close()
 
-    async def _answer_one(self, text: str) -> None:
+    async def _answer_one(self, query: VideoQuery) -> None:
         assert self._config is not None
         async for _ in watched(self._service, self._memory, wait=False):
             pass
-        running = await ask(self._service, Conversation(text), self._memory, self._config)
+        conversation = Conversation(query.text, query.history)
+        running = await ask(self._service, conversation, self._memory, self._config)
         try:
             written, moments = list[str](), list[dict[str, Any]]()
             while not isinstance(event := await running.next(), Ended):

@@ -11,9 +11,9 @@ from typing import Literal
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from hourllava.errors import SourceError
+from hourllava.video import without_secrets
 
 DATA = re.compile(r"data:video/([\w.+-]+)(?:;[\w.+-]+=[\w.+-]+)*;base64,", re.IGNORECASE)
-SECRET = re.compile(r"([?&][^=&#]*(?:pass|pwd|secret|token|signature)[^=&#]*=)[^&#]*", re.IGNORECASE)
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:\d*)?", re.IGNORECASE)
 PATH_TODO = "name a file in the directory that is served"
 PIECE = 1 << 20  # letters at a time
@@ -88,11 +88,6 @@ def split(url: str) -> SplitResult:
     except ValueError as error:
         raise SourceError(without_secrets(url), f"it is no address ({error})", "check it") from error
     return parts
-
-
-def without_secrets(url: str) -> str:
-    """An address without the name and password in it, and without the values of what its query calls a secret."""
-    return SECRET.sub(r"\1...", re.sub(r"(?<=//)[^/?#]*@", "", url, count=1))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 
 from hourllava.video.clock import clock, seconds_of_clock
 from hourllava.video.frame_folder import FrameFolder
-from hourllava.video.live import LiveReader, is_url
+from hourllava.video.live import LiveReader, is_url, without_secrets
 from hourllava.video.opening import DecoderChoice, choose_decoder, open_video
 from hourllava.video.reader import FrameChunk, ReadReport, VideoReader
 from hourllava.video.resize import resize_frames
@@ -25,5 +25,6 @@ __all__ = [
     "resize_frames",
     "seconds_of_clock",
     "stills",
+    "without_secrets",
     "write_video",
 ]

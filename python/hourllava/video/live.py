@@ -30,12 +30,20 @@ from hourllava.video.runs import to_square
 POLL = 0.1  # seconds between looks at a file that has not grown
 STOPPING = 2.0  # seconds that a stream has to end after it was told to
 SECONDS_AHEAD = 64  # that may wait for the model
+SECRET = re.compile(
+    r"([?&](?:[^=&#]*(?:pass|pwd|secret|token|signature|api.?key)[^=&#]*|sig|auth)=)[^&#]*", re.IGNORECASE
+)
 SCHEMES = ("http", "https", "rtsp", "rtsps", "rtmp", "rtmps", "rtp", "srt", "tcp", "udp")
 
 
 def is_url(source: str | os.PathLike[str]) -> bool:
     """Whether a source is a stream's address and no path."""
     return re.match(r"[a-z][a-z0-9+.-]*://", os.fspath(source)) is not None
+
+
+def without_secrets(url: str) -> str:
+    """An address without the name and password in it, and without the values of what its query calls a secret."""
+    return SECRET.sub(r"\1...", re.sub(r"(?<=//)[^/?#]*@", "", url, count=1))
 
 
 class LiveReader:
@@ -53,7 +61,7 @@ class LiveReader:
 
     Attributes:
         path: the file's absolute path, or None for a stream.
-        name: what to call the source: its path, or its address without a password.
+        name: what to call the source: its path, or its address without passwords and the like.
         lost: pictures that could not be decoded.
         ending: how it ended, for the end of a sentence; None until then.
         broken: whether it ended with an error, and not in silence or as told.
@@ -63,7 +71,7 @@ class LiveReader:
     """
 
     def __init__(self, source: str | os.PathLike[str], idle: float = 30.0, stop: Event | None = None) -> None:
-        self.name = re.sub(r"(?<=//)[^/?#]*@", "", os.fspath(source), count=1)
+        self.name = without_secrets(os.fspath(source)) if is_url(source) else os.fspath(source)
         self.path: str | None = None
         self.lost = 0
         self.ending: str | None = None
