@@ -190,10 +190,7 @@ class RemoteEngine(Questions):
         try:
             self._tell(ticket, self._written(ticket, rows, room))
         except Exception as error:
-            if ticket.cancelled:
-                self._tell(ticket, Ended("cancelled", 0))
-            else:
-                self._fail([ticket], error)
+            self._fail([ticket], error)
         finally:
             with self._changed:
                 self._running.remove(ticket)
@@ -205,17 +202,22 @@ class RemoteEngine(Questions):
         options = {"model": self._name, "max_tokens": room, "temperature": sampling.temperature}
         options |= {"top_p": sampling.top_p, "seed": sampling.seed, "stop": list(sampling.stop)}
         pieces = self._decoder.write(rows, ticket, **options, stop_token_ids=[self._end])
-        with contextlib.closing(pieces):
-            for tokens, ended in pieces:
-                reason = ended
-                for token in tokens:
-                    if token != self._end and not wording.stopped:
-                        written += 1
-                        self._give(ticket, wording.add(token))
-                if wording.stopped:
-                    return Ended("stop", written)
-        if reason not in ("stop", "length"):
-            raise DecoderError(self._decoder.url, f"it broke off in the middle of an answer ({reason})", LOOK)
+        try:
+            with contextlib.closing(pieces):
+                for tokens, ended in pieces:
+                    reason = ended
+                    for token in tokens:
+                        if token != self._end and not wording.stopped:
+                            written += 1
+                            self._give(ticket, wording.add(token))
+                    if wording.stopped:
+                        return Ended("stop", written)
+            if reason not in ("stop", "length"):
+                raise DecoderError(self._decoder.url, f"it broke off in the middle of an answer ({reason})", LOOK)
+        except DecoderError:
+            if ticket.cancelled:  # and the connection closed for that
+                return Ended("cancelled", written)
+            raise
         self._give(ticket, wording.rest())
         return Ended("stop" if reason == "stop" else "length", written)
 
