@@ -129,7 +129,9 @@ def _make_folder(repository: Repository, name: str) -> Path:
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise MemoryFileError(folder, f"it cannot be made ({reason(error)})", "free some space") from error
+        raise MemoryFileError(
+            folder, f"it cannot be made ({reason(error)})", "free some space, or name another folder"
+        ) from error
     return folder
 
 

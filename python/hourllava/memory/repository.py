@@ -116,7 +116,9 @@ class Repository:
         try:
             (self.folder / name).mkdir(exist_ok=True)  # a folder that no video has is left from an interruption
         except OSError as error:
-            raise StorageError(self.folder / name, f"it cannot be made ({reason(error)})", "free some space") from error
+            raise StorageError(
+                self.folder / name, f"it cannot be made ({reason(error)})", "free some space, or name another folder"
+            ) from error
         self.catalogue.add(video)
         return video
 
