@@ -172,7 +172,7 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
         image_sizes: Sequence[tuple[int, int] | None] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """transformers' `generate`; images and videos are taken in once, and only what is written after them returned."""
+        """transformers' `generate`; images and videos are taken in once, and only what comes after them is returned."""
         inputs = kwargs.pop("input_ids", inputs)
         visuals = read_visuals(pixel_values, vision_features, modalities, image_sizes)
         options = pop_visual_options(kwargs)
