@@ -88,6 +88,14 @@ def test_a_system_message_is_left_out(tmp_path):
     assert load(tmp_path, entry)[0].turns == (("What?", "A cup."),)
 
 
+def test_an_answer_at_the_start_is_left_out(tmp_path):
+    """As the original leaves it out: ShareGPT's conversations may begin with what the assistant said before."""
+    for before in ([], [{"from": "system", "value": "Be kind."}]):
+        entry = talk("What?", "A cup.")
+        entry["conversations"][:0] = [*before, {"from": "gpt", "value": "Ask me."}]
+        assert load(tmp_path, entry)[0].turns == (("What?", "A cup."),)
+
+
 @pytest.mark.parametrize("kind", ["parquet", "json"])
 def test_rows_of_videomarathon(tmp_path, kind):
     """Up to five questions about a video make a conversation, in the order of the rows."""
@@ -154,6 +162,7 @@ BAD = {
     ),
     "a stranger": ({"conversations": [{"from": "cat", "value": "x"}]}, "message 0 is from 'cat'"),
     "no sender": ({"conversations": [{"value": "x"}]}, "message 0 has no sender or no text"),
+    "half a character": (talk("a \ud83d", "b"), "message 0 holds half of a character"),
     "no text": ({"conversations": [{"from": "human", "value": 3}]}, "message 0 has no sender or no text"),
     "an empty answer": (talk("a", " "), r"an answer is empty \(message 1\)"),
     "a mark in an answer": (talk("a", "<image>", image="x"), r"an answer holds an <image> mark \(message 1\)"),

@@ -298,6 +298,16 @@ def test_empty_question(question):
         model.ask(memory, question)
 
 
+@pytest.mark.parametrize("where", ["question", "history", "system"])
+def test_half_a_character(where):
+    """What a shell makes of bytes that are no UTF-8, and JSON of an emoji that was cut in two."""
+    model = make_model()
+    memory = model.watch(make_frames(3), progress=False)
+    told = {"history": {"history": [("a \ud83d", "b")]}, "system": {"system": "\udcff"}}.get(where, {})
+    with pytest.raises(QuestionError, match="half of a character"):
+        model.ask(memory, "\udcff" if where == "question" else QUESTION, **told)
+
+
 def test_empty_memory():
     model = make_model()
     with pytest.raises(QuestionError, match="holds no second yet"):

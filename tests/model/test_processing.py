@@ -217,6 +217,7 @@ BAD = {
     "net": (lambda: {"text": "<image>", "videos": "https://example.com/a.mp4"}, "on the net"),
     "floats": (lambda: {"text": "<image>", "videos": torch.rand(2, 3, 8, 8)}, "float32"),
     "no text": (lambda: {"images": picture(64, 64)}, "text"),
+    "half a character": (lambda: {"text": "a \ud83d"}, "prompt 0: it holds half of a character"),
 }
 
 

@@ -15,7 +15,7 @@ from hourllava.errors import InputError
 from .checkpoint import find_folder, read_config, read_json
 from .configuration import HourLlavaConfig
 from .media import Media, distribute, media_of_messages, read_image, read_video
-from .prompt import IMAGE, TEMPLATE_TOKENS, load_tokenizer, time_instruction
+from .prompt import IMAGE, TEMPLATE_TOKENS, is_whole, load_tokenizer, time_instruction
 
 _FILE, _TEMPLATE_FILE = "processor_config.json", "chat_template.jinja"
 
@@ -223,6 +223,9 @@ class HourLlavaProcessor(ProcessorMixin):
         sizes: list[tuple[int, int] | None] = []
         texts = []
         for number, (prompt, seen) in enumerate(zip(prompts, media, strict=True)):
+            if not is_whole(prompt):
+                why = "it holds half of a character (a lone surrogate)"
+                raise InputError(f"prompt {number}", why, "give its text in UTF-8")
             if prompt.count(IMAGE) != len(seen):
                 why = f"it has {prompt.count(IMAGE)} {IMAGE} marks for {len(seen)} images and videos"
                 raise InputError(f"prompt {number}", why, "give it one mark for each")
