@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hourllava_ext import library
@@ -124,6 +125,16 @@ def assert_compiles_fullgraph(function: Callable[..., Any], *args: Any) -> None:
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for eager, traced in zip(run(function, args), run(compiled, args), strict=True):
         torch.testing.assert_close(traced, eager, rtol=0, atol=0, equal_nan=True)
+
+
+def count_compilations(function: Callable[..., Any], calls: Sequence[Sequence[Any]]) -> int:
+    """How often the function is compiled for these arguments, one call after the other, with its gradients."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, backend=counter)
+    for args in calls:
+        run(compiled, args)
+    return counter.frame_count
 
 
 def on(device: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -99,7 +99,9 @@ std::tuple<Tensor, Tensor> forget_backward(const Tensor& grad,     // (n, k + 1,
 
 STABLE_TORCH_LIBRARY_FRAGMENT(hourllava_ext, m) {
     m.def("forget(Tensor tokens, Tensor frames, Tensor patches, Tensor newline) -> (Tensor, Tensor)");
-    m.def("forget_backward(Tensor grad, Tensor frames, Tensor patches, int total, int per_frame) -> (Tensor, Tensor)");
+    m.def(
+        "forget_backward(Tensor grad, Tensor frames, Tensor patches, SymInt total, SymInt per_frame) -> (Tensor, "
+        "Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(hourllava_ext, CPU, m) {
     m.impl("forget", TORCH_BOX(&forget));

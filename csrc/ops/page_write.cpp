@@ -237,7 +237,7 @@ std::tuple<Tensor, Tensor> page_write_backward(const Tensor& grad_key_pages,    
 
 STABLE_TORCH_LIBRARY_FRAGMENT(hourllava_ext, m) {
     m.def(
-        "page_write(Tensor key, Tensor value, Tensor position_ids, Tensor slots, Tensor inv_freq, int num_pages, "
+        "page_write(Tensor key, Tensor value, Tensor position_ids, Tensor slots, Tensor inv_freq, SymInt num_pages, "
         "int page_size=128) -> (Tensor, Tensor, Tensor, Tensor)");
     m.def(
         "page_write_(Tensor key, Tensor value, Tensor position_ids, Tensor slots, Tensor inv_freq, "

@@ -1,7 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from tools import CPU_TIERS, DTYPES, assert_compiles_fullgraph, assert_matches_reference, assert_repeatable, cpu_tier
+from tools import (
+    CPU_TIERS,
+    DTYPES,
+    assert_compiles_fullgraph,
+    assert_matches_reference,
+    assert_repeatable,
+    count_compilations,
+    cpu_tier,
+)
 from torch import Tensor
 
 from hourllava_ext import forget, reference
@@ -60,6 +68,11 @@ def test_opcheck() -> None:
 
 def test_compile_fullgraph() -> None:
     assert_compiles_fullgraph(forget, *make((3, 4, 3, 5, 2), torch.float32))
+
+
+def test_another_length_is_not_compiled_anew() -> None:
+    videos = [make((frames, 4, 3, 5, 2), torch.float32) for frames in (30, 50, 70, 90)]
+    assert count_compilations(forget, videos) == 2  # once for the first length, once for all
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -12,6 +12,7 @@ from tools import (
     assert_error_rule,
     assert_matches_reference,
     assert_repeatable,
+    count_compilations,
     cpu_tier,
 )
 from torch import Tensor
@@ -183,6 +184,11 @@ def test_opcheck() -> None:
 
 def test_fullgraph() -> None:
     assert_compiles_fullgraph(page_write, *make(Shape()))
+
+
+def test_another_length_is_not_compiled_anew() -> None:
+    memories = [make(Shape(tokens=n, pages=n // 4)) for n in (100, 200, 300, 400)]
+    assert count_compilations(page_write, memories) == 2  # once for the first length, once for all
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
