@@ -6,7 +6,7 @@ import torch
 from tiny_model import make_model
 from transformers import DynamicCache, TextIteratorStreamer, TextStreamer
 
-from hourllava.errors import InputError
+from hourllava.errors import InputError, ModelError
 from hourllava.model import HourLlavaProcessor, parts_table
 
 
@@ -87,6 +87,22 @@ def test_a_text_is_continued_from_a_cache_of_fixed_size(model, processor):
     for given in (inputs, longer):
         expected = model.generate(**given, **GREEDY)
         assert torch.equal(model.generate(**given, **GREEDY, cache_implementation="static"), expected)
+
+
+def test_a_model_that_trains_with_checkpointing_is_not_asked(model, processor):
+    """The decoder then leaves its cache empty: every token but the first would see itself alone."""
+    trained = make_model().train()
+    trained.gradient_checkpointing_enable({"use_reentrant": False})
+    frames = QUESTIONS[1][0]["content"][0]["video"]
+    memory = trained.watch(frames, progress=False)
+    for messages in (QUESTIONS[1], [{"role": "user", "content": "Only words."}]):
+        inputs = processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)
+        with pytest.raises(ModelError, match=r"it trains with checkpointing.*; call model\.eval\(\) first"):
+            trained.generate(**inputs, **GREEDY)
+    with pytest.raises(ModelError, match=r"model\.eval"):
+        trained.ask(memory, "What?")
+    trained.eval()
+    assert trained.ask(memory, "What?").text == model.ask(model.watch(frames, progress=False), "What?").text
 
 
 def test_a_video_beside_a_cache_is_refused(model, processor):

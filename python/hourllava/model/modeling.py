@@ -137,9 +137,8 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
             loss if labels are given, and logits over the expanded sequences, padded at the side that `input_ids` is.
 
         Raises:
-            InputError: marks and visual inputs do not match, a sample is longer than the decoder reads, or its labels
-                are all ignored (the message names the sample); or there is something to see, but the cache holds a
-                prompt already.
+            InputError: marks and visual inputs of a sample do not match, it is longer than the decoder reads, or its
+                labels are all ignored; or there is something to see, but the cache holds a prompt already.
             ModelError: the model has no tower for pixels.
         """
         options = pop_visual_options(kwargs)
@@ -176,12 +175,13 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
         inputs = kwargs.pop("input_ids", inputs)
         visuals = read_visuals(pixel_values, vision_features, modalities, image_sizes)
         options = pop_visual_options(kwargs)
+        if self.training and self.model.gradient_checkpointing:
+            raise ModelError("model", "it trains with checkpointing, which keeps no cache", "call model.eval() first")
         if not visuals:
             return super().generate(inputs, **kwargs)  # type: ignore[misc]
         packed, rows = self.embed(inputs, kwargs.pop("attention_mask", None), None, visuals, options)
-        embeds = pad_rows(packed, rows, 0.0, left=True)
-        mask, _ = left_padding(rows)
-        return super().generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)  # type: ignore[misc]
+        kwargs |= {"inputs_embeds": pad_rows(packed, rows, 0.0, left=True), "attention_mask": left_padding(rows)[0]}
+        return super().generate(**kwargs)  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
