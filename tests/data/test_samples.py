@@ -9,6 +9,7 @@ import pyarrow.parquet
 import pytest
 from conversations import talk, write_lines
 
+from hourllava.data.failures import FailureLog
 from hourllava.data.mixture import load_mixture
 from hourllava.data.samples import Media, Sample, memory_name
 from hourllava.errors import DataError
@@ -227,3 +228,18 @@ def test_bad_files(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"video": ["a"], "answer": ["b"]}), tmp_path / "less.parquet")
     with pytest.raises(DataError, match=r"less\.parquet: it has no column 'question', only video, answer"):
         load_mixture(tmp_path / "less.parquet")
+
+
+def test_names_that_are_no_utf8_are_written_down(tmp_path):
+    gone = talk("<image>\nWhat?", "A cup.", image="gone\udcff.png", id="half \ud83d")
+    failures = FailureLog(tmp_path / "failures.jsonl", limit=1.0)
+    samples = load_mixture(write_lines(tmp_path / "names.jsonl", gone, talk("a \ud83d", "b", id="\ud83d")), 0, failures)
+    with pytest.raises(DataError):
+        failures.first_sound([0], lambda number: failed(samples[number]), lambda number: samples[number].id)
+    assert [entry["id"] for entry in failures.entries()] == [f"{tmp_path / 'names.jsonl'}:2 (id \ud83d)", "half \ud83d"]
+    assert "gone\udcff.png" in failures.entries()[1]["what"]
+    assert failures.summary() is not None
+
+
+def failed(sample):
+    raise DataError(sample.media[0].path, "there is no such file", "check the path")

@@ -2,6 +2,7 @@
 """What a memory takes in, from whom, and what a copy of it is."""
 
 import copy
+import os
 import pickle
 import threading
 
@@ -85,6 +86,23 @@ def test_a_copy_is_a_memory_of_its_own(tmp_path, in_files, duplicate):
     assert_same(copied, make_memory(170))
     memory.append(make_frames(20, 150))
     assert_same(copied, memory)
+
+
+def test_a_film_whose_name_is_no_utf8(tmp_path):
+    memory = make_memory(5)
+    memory.source = os.fsdecode(b"/films/film\xff.mp4")
+    memory.damage = f"{memory.source}: 3 s are lost"
+    path = tmp_path / "film.memory"
+    memory.save(tmp_path / os.fsdecode(b"film\xff.memory"))
+    with pytest.raises(MemoryFileError, match="its name or a folder's is no UTF-8; rename that"):
+        VideoMemory.load(tmp_path / os.fsdecode(b"film\xff.memory"))
+    (tmp_path / os.fsdecode(b"film\xff.memory")).rename(path)
+    again = VideoMemory.load(path)
+    assert_same(again, memory)
+    assert again.source == "/films/film\\udcff.mp4"
+    assert again.damage == "/films/film\\udcff.mp4: 3 s are lost"
+    again.save(path)
+    assert VideoMemory.load(path).source == again.source
 
 
 def test_threads_that_append_wait_for_each_other():

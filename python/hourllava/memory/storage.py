@@ -55,9 +55,11 @@ def write_memory_file(path: str | os.PathLike[str], tensors: dict[str, Pieces], 
     """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+    # Names of files may hold what is no UTF-8, and a header of safetensors may not.
+    told = {name: text.encode(errors="backslashreplace").decode() for name, text in notes.items()}
     try:
         with temporary.open("wb") as file:
-            digest = _write_safetensors(file, tensors, {**notes, "format": FORMAT})
+            digest = _write_safetensors(file, tensors, {**told, "format": FORMAT})
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
@@ -81,6 +83,8 @@ def read_memory_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
     if not target.is_file():
         why = "it is a directory" if target.is_dir() else "there is no such file"
         raise MemoryFileError(target, why, "name a file that `watch` saved")
+    if os.fsencode(target) != str(target).encode(errors="replace"):  # safetensors cannot open it
+        raise MemoryFileError(target, "its name or a folder's is no UTF-8", "rename that; the file may be sound")
     try:
         with safe_open(target, "pt") as file:
             notes = file.metadata() or {}
