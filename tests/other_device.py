@@ -8,6 +8,7 @@ A process of its own, since torch has one such device: ``python other_device.py 
 """
 
 import json
+import shutil
 import sys
 import traceback
 from functools import partial
@@ -146,6 +147,8 @@ def watch_and_ask(model: Any, pictures: Tensor, folder: Path) -> list[Any]:
     writer, repository = FrameWriter(model), Repository(folder / "videos")
     repository.add("pictures", writer, pages=True).append(pictures)
     answers.append(ask(repository.open("pictures")))
+    repository.export("pictures", folder / "exported.memory", writer)
+    answers.append(ask(VideoMemory.load(folder / "exported.memory")))
     budget = 100 * writer.shape.page_bytes
     for host_budget in (None, budget):
         with MemoryPool(repository, writer, budget, host_budget).use("pictures") as held:
@@ -167,6 +170,17 @@ def train_and_generate(model: Any, pictures: Tensor, device: torch.device) -> li
     return [loss.item(), gradient.norm().item(), *written.flatten().tolist()]
 
 
+def evaluate_films(model: Any, folder: Path) -> list[Any]:
+    """What a film's questions are answered, and what the parts of its memory give of attention and of right answers."""
+    from hourllava.evaluate import HourTest, evaluate, measure_retrieval
+
+    test = HourTest(videos=1, seconds=60, per_topic=1)
+    _, answers = evaluate(model, test, folder)
+    rows = measure_retrieval(model, test, folder, progress=False).parts
+    numbers = [number for row in rows for number in (row.pages, row.recall, row.worst, row.agreement, row.right)]
+    return [answers, numbers]
+
+
 def main(folder: Path) -> None:
     from hourllava import load_model
 
@@ -179,10 +193,13 @@ def main(folder: Path) -> None:
     (folder / "there").mkdir()
     expected = watch_and_ask(model, pictures, folder / "here")
     learnt = train_and_generate(model, pictures, torch.device("cpu"))
+    replies, numbers = evaluate_films(model, folder / "films")
+    shutil.rmtree(folder / "films" / "memories")
     move(model)
     with Elsewhere():
         answers = watch_and_ask(model, pictures, folder / "there")
         same = [pytest.approx(learnt, rel=1e-4) == train_and_generate(model, pictures, DEVICE)]
+        same.append([replies, pytest.approx(numbers, abs=1e-5)] == evaluate_films(model, folder / "films"))
     pairs = zip(answers, expected, strict=True)
     same += [a.text == e.text and torch.allclose(a.mass, e.mass, atol=1e-6) for a, e in pairs]
     print(json.dumps({"same": same, "waits": sorted(waits)}))

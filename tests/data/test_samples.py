@@ -181,6 +181,8 @@ BAD = {
     "two videos": (talk("<image>a", "b", video=["x", "y"]), "it has 2 videos"),
     "no name": (talk("<image>a", "b", video=3), "its video is no file name"),
     "a name that no file has": (talk("<image>a", "b", image="a\0b"), "its image is no file name"),
+    "a letter that no file's name has": (talk("a", "b", video="a\ud800.mp4"), "its video is no file name"),
+    "a folder's": (talk("a", "b", video="a.mp4", data_source="\ud800"), "its data_source is no file name"),
     "a row without a question": ({"video": "x", "answer": "b"}, "its question is missing or no text"),
     "a row without a video": ({"question": "a?", "answer": "b"}, "its video is missing or no text"),
 }

@@ -42,6 +42,7 @@ finish(seconds)
 # The command itself, from the video to the saved memory.
 WATCH = """
 import contextlib
+from pathlib import Path
 from safetensors import safe_open
 from hourllava.cli import watch
 output = Path(sys.argv[1] + ".memory")

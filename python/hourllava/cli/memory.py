@@ -123,8 +123,8 @@ def _verify(repository: "Repository", names: list[str]) -> None:
 
 def _export(repository: "Repository", name: str, output: Path, model: str) -> None:
     from hourllava.cli.watch import check_output
-    from hourllava.model import FrameWriter, load_model
+    from hourllava.model import FrameWriter, best_device, load_model
 
     check_output(output)
-    repository.export(name, output, FrameWriter(load_model(model)))
+    repository.export(name, output, FrameWriter(load_model(model, device=best_device())))
     print(f"{output}: the memory of {name}, {output.stat().st_size / 1e6:.1f} MB")

@@ -32,11 +32,12 @@ def retrieval_report(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from hourllava.evaluate import HourTest, measure_retrieval, report_table
-    from hourllava.model import load_model
+    from hourllava.model import best_device, load_model
 
     test = HourTest(videos=args.videos, seconds=args.seconds)
     progress = args.progress or sys.stderr.isatty()
-    report = measure_retrieval(load_model(args.model), test, args.folder, args.score, args.tile, progress)
+    model = load_model(args.model, device=best_device())
+    report = measure_retrieval(model, test, args.folder, args.score, args.tile, progress)
     if args.plot:
         plot_retrieval(args.plot, report)
     if args.json:

@@ -161,6 +161,8 @@ def _media(value: dict[str, Any], places: Places, what: str) -> list[Media]:
     if given["features"]:
         return [Media("features", places.root / given["features"][0])]
     folder = value.get("data_source")
+    if isinstance(folder, str):
+        _names(folder, "data_source", what)
     return [_video(name, folder, places) for name in given["video"]]
 
 
@@ -178,6 +180,14 @@ def _video(name: str, folder: Any, places: Places) -> Media:
 
 def _names(given: Any, kind: str, what: str) -> list[str]:
     names = given if isinstance(given, list) else [given] if given not in (None, "") else []
-    if not all(isinstance(name, str) and name and "\0" not in name for name in names):
+    if not all(map(_is_name, names)):
         raise DataError(what, f"its {kind} is no file name", f'give "{kind}": "a/file" or a list of them')
     return names
+
+
+def _is_name(name: Any) -> bool:
+    """Whether a file can have this name, UTF-8 or not: JSON's escapes can spell letters that no file system has."""
+    try:
+        return isinstance(name, str) and name != "" and b"\0" not in name.encode(errors="surrogateescape")
+    except UnicodeEncodeError:
+        return False

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from hourllava.data import TOPICS, Film, Question, chance
 from hourllava.memory import VideoMemory
-from hourllava.model import HourLlavaForConditionalGeneration, load_model
+from hourllava.model import HourLlavaForConditionalGeneration, best_device, load_model
 from hourllava.model.forgetting import kept_frames
 from hourllava.video import open_video
 
@@ -63,7 +63,7 @@ class Tally:
 
 def main(videos: int = 20, model: str = "tiny", folder: str = "build/evaluate", out: str | None = None) -> int:
     """Evaluate, print the table, and write every answer to ``out`` (default: ``folder``/results.json)."""
-    tally, answers = evaluate(load_model(model), HourTest(videos=videos), Path(folder))
+    tally, answers = evaluate(load_model(model, device=best_device()), HourTest(videos=videos), Path(folder))
     Console().print(table(tally))
     report = Path(out) if out else Path(folder) / "results.json"
     report.write_text(json.dumps({"model": model, "tally": asdict(tally), "answers": answers}, indent=1))
