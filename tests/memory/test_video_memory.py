@@ -105,6 +105,27 @@ def test_a_film_whose_name_is_no_utf8(tmp_path):
     assert VideoMemory.load(path).source == again.source
 
 
+def test_saving_waits_for_who_appends(tmp_path):
+    """A file that is written while its rows change has checksums of other bytes."""
+    memory, done = make_memory(2000), threading.Event()
+
+    def append():
+        while not done.is_set():
+            memory.append(make_frames(1, memory.frames))
+
+    thread = threading.Thread(target=append)
+    thread.start()
+    try:
+        for number in range(5):
+            memory.save(tmp_path / f"{number}.memory")
+    finally:
+        done.set()
+        thread.join()
+    for number in range(5):
+        saved = VideoMemory.load(tmp_path / f"{number}.memory")
+        assert_same(saved, make_memory(saved.frames))
+
+
 def test_threads_that_append_wait_for_each_other():
     memory, parts = make_memory(3), [make_frames(5, 10), make_frames(5, 20)]
     memory.reserve(500)

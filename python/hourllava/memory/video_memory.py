@@ -75,7 +75,7 @@ class VideoMemory:
         self._writer: MemoryWriter | None = None
         self._journal: Journal | None = None
         self._lock = threading.Lock()  # held while rows are written
-        self._appending = threading.Lock()  # held from the first frame of an append to its last
+        self._appending = threading.Lock()  # held from the first frame of an append to its last, and while saving
         self._in_files = files is not None and device.type == "cpu"
 
         def pool(name: str, *row: int, dtype: torch.dtype = shape.dtype) -> Pool:
@@ -218,16 +218,17 @@ class VideoMemory:
             pool.reserve(page_count(frames, self.shape.per_frame))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the memory to a file, which either holds all of it or is what it was before.
+        """Write the memory to a file, which either holds all of it or is what it was before. Appends wait meanwhile.
 
         Raises:
             MemoryFileError: the file cannot be written.
         """
-        tensors = {
-            name: Pieces(pool.rows.dtype, (count, *pool.rows.shape[1:]), pool.pieces(count))
-            for name, (pool, count) in self._named_pools().items()
-        }
-        write_memory_file(path, tensors, self._notes())
+        with self._appending:  # but asked it can be meanwhile
+            tensors = {
+                name: Pieces(pool.rows.dtype, (count, *pool.rows.shape[1:]), pool.pieces(count))
+                for name, (pool, count) in self._named_pools().items()
+            }
+            write_memory_file(path, tensors, self._notes())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> "VideoMemory":
