@@ -53,7 +53,11 @@ def write_memory_file(path: str | os.PathLike[str], tensors: dict[str, Pieces], 
     Raises:
         MemoryFileError: the file cannot be written (no space, no permission, no such folder).
     """
-    target = Path(path)
+    target = Path(
+        os.path.realpath(path)
+    )  # a link goes on leading there, and the file lies on the disk that it leads to
+    if os.path.exists(target) and not (os.path.isfile(target) or os.path.isdir(target)):
+        raise MemoryFileError(path, "it is no file that could be replaced", "choose another place")
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     # Names of files may hold what is no UTF-8, and a header of safetensors may not.
     told = {name: text.encode(errors="backslashreplace").decode() for name, text in notes.items()}
@@ -67,7 +71,7 @@ def write_memory_file(path: str | os.PathLike[str], tensors: dict[str, Pieces], 
         return digest
     except OSError as error:
         why = f"it cannot be written ({reason(error)})"
-        raise MemoryFileError(target, why, "free some space or choose another place") from error
+        raise MemoryFileError(path, why, "free some space or choose another place") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
