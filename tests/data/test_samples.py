@@ -9,6 +9,7 @@ import pyarrow.parquet
 import pytest
 from conversations import talk, write_lines
 
+from hourllava.data.failures import FailureLog
 from hourllava.data.mixture import load_mixture
 from hourllava.data.samples import Media, Sample, memory_name
 from hourllava.errors import DataError
@@ -88,6 +89,14 @@ def test_a_system_message_is_left_out(tmp_path):
     assert load(tmp_path, entry)[0].turns == (("What?", "A cup."),)
 
 
+def test_an_answer_at_the_start_is_left_out(tmp_path):
+    """As the original leaves it out: ShareGPT's conversations may begin with what the assistant said before."""
+    for before in ([], [{"from": "system", "value": "Be kind."}]):
+        entry = talk("What?", "A cup.")
+        entry["conversations"][:0] = [*before, {"from": "gpt", "value": "Ask me."}]
+        assert load(tmp_path, entry)[0].turns == (("What?", "A cup."),)
+
+
 @pytest.mark.parametrize("kind", ["parquet", "json"])
 def test_rows_of_videomarathon(tmp_path, kind):
     """Up to five questions about a video make a conversation, in the order of the rows."""
@@ -154,6 +163,7 @@ BAD = {
     ),
     "a stranger": ({"conversations": [{"from": "cat", "value": "x"}]}, "message 0 is from 'cat'"),
     "no sender": ({"conversations": [{"value": "x"}]}, "message 0 has no sender or no text"),
+    "half a character": (talk("a \ud83d", "b"), "message 0 holds half of a character"),
     "no text": ({"conversations": [{"from": "human", "value": 3}]}, "message 0 has no sender or no text"),
     "an empty answer": (talk("a", " "), r"an answer is empty \(message 1\)"),
     "a mark in an answer": (talk("a", "<image>", image="x"), r"an answer holds an <image> mark \(message 1\)"),
@@ -220,3 +230,18 @@ def test_bad_files(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"video": ["a"], "answer": ["b"]}), tmp_path / "less.parquet")
     with pytest.raises(DataError, match=r"less\.parquet: it has no column 'question', only video, answer"):
         load_mixture(tmp_path / "less.parquet")
+
+
+def test_names_that_are_no_utf8_are_written_down(tmp_path):
+    gone = talk("<image>\nWhat?", "A cup.", image="gone\udcff.png", id="half \ud83d")
+    failures = FailureLog(tmp_path / "failures.jsonl", limit=1.0)
+    samples = load_mixture(write_lines(tmp_path / "names.jsonl", gone, talk("a \ud83d", "b", id="\ud83d")), 0, failures)
+    with pytest.raises(DataError):
+        failures.first_sound([0], lambda number: failed(samples[number]), lambda number: samples[number].id)
+    assert [entry["id"] for entry in failures.entries()] == [f"{tmp_path / 'names.jsonl'}:2 (id \ud83d)", "half \ud83d"]
+    assert "gone\udcff.png" in failures.entries()[1]["what"]
+    assert failures.summary() is not None
+
+
+def failed(sample):
+    raise DataError(sample.media[0].path, "there is no such file", "check the path")

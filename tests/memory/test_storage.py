@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A memory's file: whole or as it was before, and never wrong without saying so."""
 
+import os
+
 import pytest
 import torch
 from memories import full_disk
@@ -30,6 +32,32 @@ def test_round_trip(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["film.memory"]
     (tmp_path / "other").touch()
     assert (tmp_path / "film.memory").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_link_stays_one(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (tmp_path / "film.memory").symlink_to(disk / "film.memory")
+    for fill in (1.0, 2.0):
+        write_memory_file(tmp_path / "film.memory", make_tensors(fill), NOTES)
+        assert (tmp_path / "film.memory").is_symlink()
+        assert read_memory_file(disk / "film.memory")[0]["tokens"].unique().tolist() == [fill]
+    assert [path.name for path in disk.iterdir()] == ["film.memory"]
+
+
+def test_a_name_that_is_too_long(tmp_path):
+    with pytest.raises(MemoryFileError, match="File name too long"):
+        write_memory_file(tmp_path / ("n" * 300), make_tensors(), NOTES)
+
+
+def test_a_device_is_not_replaced(tmp_path):
+    """What root could do to /dev/null; a pipe stands for it here."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(MemoryFileError, match=f"{name}: it is no file that could be replaced"):
+            write_memory_file(tmp_path / name, make_tensors(), NOTES)
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_every_flipped_byte_is_noticed(tmp_path):

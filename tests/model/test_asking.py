@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Watching once and asking often: the same numbers as the whole model, whatever way the frames came in."""
 
+import pickle
 import re
 
 import pytest
@@ -78,6 +79,36 @@ def test_appending_in_pieces_is_watching_at_once():
     stream = model.watch(iter(video.split(7)), progress=False)
     assert_same_memory(stream, whole)
     assert model.ask(pieces, QUESTION).text == model.ask(whole, QUESTION).text
+
+
+def test_a_model_that_has_changed_appends_no_more():
+    model, video = make_model(), make_frames(20)
+    memory = model.watch(video, progress=False)
+    model.half()
+    with pytest.raises(MemoryFileError, match="it was made by another model"):
+        memory.append(video)
+    assert memory.frames == 20
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(dtype):
+    model, video = make_model(), make_frames(20)
+    memory = model.watch(video, progress=False)
+    with torch.autocast("cpu", dtype):
+        again = model.watch(video[:7], progress=False)
+        again.append(video[7:])
+        answer = model.ask(again, QUESTION)
+    assert_same_memory(again, memory)
+    assert answer.top_tokens == model.ask(memory, QUESTION).top_tokens
+
+
+def test_answers_can_be_looked_for_and_kept():
+    model = make_model()
+    memory = model.watch(make_frames(5), progress=False)
+    first, second = model.ask(memory, QUESTION), model.ask(memory, QUESTION)
+    assert second in [first, second]
+    assert {first: "first", second: "second"}[second] == "second"
+    assert pickle.loads(pickle.dumps(first)).moments == first.moments
 
 
 def test_a_memory_in_files_is_the_one_in_ram(tmp_path):
@@ -265,6 +296,16 @@ def test_empty_question(question):
     memory = model.watch(make_frames(1), progress=False)
     with pytest.raises(QuestionError, match="it is empty"):
         model.ask(memory, question)
+
+
+@pytest.mark.parametrize("where", ["question", "history", "system"])
+def test_half_a_character(where):
+    """What a shell makes of bytes that are no UTF-8, and JSON of an emoji that was cut in two."""
+    model = make_model()
+    memory = model.watch(make_frames(3), progress=False)
+    told = {"history": {"history": [("a \ud83d", "b")]}, "system": {"system": "\udcff"}}.get(where, {})
+    with pytest.raises(QuestionError, match="half of a character"):
+        model.ask(memory, "\udcff" if where == "question" else QUESTION, **told)
 
 
 def test_empty_memory():

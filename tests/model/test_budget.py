@@ -9,6 +9,7 @@ from hourllava.errors import InputError
 from hourllava.memory import MemoryPages
 from hourllava.memory.pages import PAGE_SIZE, frame_slots, page_count, video_layout
 from hourllava.model import Budget
+from hourllava.model.budget import as_budget
 from hourllava.model.memaug import CrossAttention, MemoryUse, PageBudget
 from hourllava.model.stream import QueryStream
 from hourllava_ext import reference
@@ -119,6 +120,8 @@ def test_the_models_own_budget():
     assert torch.equal(read["all"], exact.page_mass)
     assert torch.equal(plain.ask(memory, QUESTION, budget="all").page_mass, exact.page_mass)
     assert (read["9p"] > 0).sum(1).tolist() == [9, 9]
+    with pytest.raises(InputError, match=r"budget: '32' is no budget; write pages as 128p"):
+        as_budget(32)
     with pytest.raises(InputError, match=r"'a lot' is no budget; write .* or all to read all of it"):
         make_model(memory_budget="a lot").ask(memory, QUESTION)
 

@@ -4,8 +4,9 @@
 import pytest
 import torch
 from tiny_model import make_model
-from transformers import TextIteratorStreamer, TextStreamer
+from transformers import DynamicCache, TextIteratorStreamer, TextStreamer
 
+from hourllava.errors import InputError, ModelError
 from hourllava.model import HourLlavaProcessor, parts_table
 
 
@@ -58,6 +59,61 @@ def test_streaming(model, processor, capsys):
     pieces = TextIteratorStreamer(processor.tokenizer, timeout=60)
     model.generate(**inputs, **GREEDY, streamer=pieces)
     assert "".join(pieces) == expected
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_learns_what_its_samples_do(model, processor, side):
+    answers = ("A cup.", "To the left.", "Nobody.")
+    answered = [[*q, {"role": "assistant", "content": a}] for q, a in zip(QUESTIONS, answers, strict=True)]
+    options = {"tokenize": True, "return_labels": True, "padding_side": side}
+    total = learnt = 0
+    for messages in answered:
+        inputs = processor.apply_chat_template(messages, **options)
+        count = int((inputs["labels"][:, 1:] != -100).sum())
+        total, learnt = total + model(**inputs).loss * count, learnt + count
+    together = model(**processor.apply_chat_template(answered, **options))
+    torch.testing.assert_close(together.loss, total / learnt)
+
+
+def test_a_text_is_continued_from_a_cache_of_fixed_size(model, processor):
+    words = [{"role": "user", "content": "Nothing to see, only words."}]
+    inputs = processor.apply_chat_template(words, tokenize=True, add_generation_prompt=True)
+    longer = processor.apply_chat_template(
+        [words, [{"role": "user", "content": "And some more of them, in a longer question."}]],
+        tokenize=True,
+        add_generation_prompt=True,
+        padding_side="left",
+    )
+    for given in (inputs, longer):
+        expected = model.generate(**given, **GREEDY)
+        assert torch.equal(model.generate(**given, **GREEDY, cache_implementation="static"), expected)
+
+
+def test_a_model_that_trains_with_checkpointing_is_not_asked(model, processor):
+    """The decoder then leaves its cache empty: every token but the first would see itself alone."""
+    trained = make_model().train()
+    trained.gradient_checkpointing_enable({"use_reentrant": False})
+    frames = QUESTIONS[1][0]["content"][0]["video"]
+    memory = trained.watch(frames, progress=False)
+    for messages in (QUESTIONS[1], [{"role": "user", "content": "Only words."}]):
+        inputs = processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)
+        with pytest.raises(ModelError, match=r"it trains with checkpointing.*; call model\.eval\(\) first"):
+            trained.generate(**inputs, **GREEDY)
+    with pytest.raises(ModelError, match=r"model\.eval"):
+        trained.ask(memory, "What?")
+    trained.eval()
+    assert trained.ask(memory, "What?").text == model.ask(model.watch(frames, progress=False), "What?").text
+
+
+def test_a_video_beside_a_cache_is_refused(model, processor):
+    inputs = processor.apply_chat_template(QUESTIONS[0], tokenize=True, add_generation_prompt=True)
+    cache = DynamicCache()
+    model(inputs["input_ids"][:, :5], past_key_values=cache, use_cache=True)
+    with pytest.raises(InputError, match="beside a cache that holds a prompt"):
+        model(**inputs, past_key_values=cache)
+    # `generate` gives the whole prompt, of which the cache may hold the beginning.
+    expected = model.generate(**inputs, **GREEDY)
+    assert torch.equal(model.generate(**inputs, **GREEDY, past_key_values=cache), expected)
 
 
 def test_table_of_parts(model):

@@ -107,6 +107,31 @@ def test_query_mask_defaults_to_the_labels(model):
     assert not torch.equal(model(**arguments).logits, by_labels)
 
 
+def test_outputs_come_as_a_tuple_if_that_is_asked_for(model):
+    ids, labels, feature = make_sample(1, 8)
+    arguments = {"input_ids": ids[None], "labels": labels[None], "vision_features": [feature]}
+    expected = model(**arguments)
+    loss, logits, *_ = model(**arguments, return_dict=False)
+    assert torch.equal(loss, expected.loss)
+    assert torch.equal(logits, expected.logits)
+
+
+def test_videos_of_one_length_may_come_as_one_tensor(model):
+    rows, _, features = zip(make_sample(1, 8), make_sample(2, 8), strict=True)
+    ids = torch.stack(rows)
+    expected = model(ids, vision_features=list(features)).logits
+    assert torch.equal(model(ids, vision_features=torch.stack(features)).logits, expected)
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.bool])
+def test_pixels_of_other_integers_are_refused(model, kind):
+    ids, _, _ = make_sample(1, 1)
+    with pytest.raises(InputError, match=f"it is {kind}; give pixels in uint8"):
+        model(ids[None], pixel_values=[torch.ones(4, 3, 64, 64, dtype=kind)])
+    with pytest.raises(InputError, match="features in floats"):
+        model(ids[None], vision_features=[torch.ones(4, 64, 64, dtype=torch.uint8)])
+
+
 def test_original_image_token_is_understood(model):
     ids, _, feature = make_sample(1, 8)
     theirs = ids.masked_fill(ids == IMAGE, -200)

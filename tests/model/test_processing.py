@@ -217,6 +217,7 @@ BAD = {
     "net": (lambda: {"text": "<image>", "videos": "https://example.com/a.mp4"}, "on the net"),
     "floats": (lambda: {"text": "<image>", "videos": torch.rand(2, 3, 8, 8)}, "float32"),
     "no text": (lambda: {"images": picture(64, 64)}, "text"),
+    "half a character": (lambda: {"text": "a \ud83d"}, "prompt 0: it holds half of a character"),
 }
 
 
@@ -235,6 +236,43 @@ def test_bad_messages(processor, tmp_path):
         tokens(processor, [user({"type": "video"})])
     with pytest.raises(VideoError, match="no such file"):
         tokens(processor, [user(video(str(tmp_path / "absent.mp4")))])
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ([], "messages: they are"),
+        ("What is it?", "messages: they are 'W'"),
+        ([{"content": "What?"}], "message 0: it has no role"),
+        ([{"role": "user"}], "message 0: its content is neither text nor a list of parts"),
+        ([{"role": "user", "content": "a"}, {"role": "user", "content": None}], "message 1: its content is neither"),
+        ([{"role": "user", "content": ["What?"]}], "message 0: its content is neither"),
+    ],
+)
+def test_what_are_no_messages(processor, messages, said):
+    with pytest.raises(InputError, match=said):
+        processor.apply_chat_template(messages)
+
+
+def test_addresses_of_files(processor, tmp_path):
+    path = write_clip(tmp_path / "a film %20 #1.mp4", range(3), Fraction(1))
+    expected = tokens(processor, [user(video(str(path)))])["pixel_values"][0]
+    for address in (f"file://{path}", path.as_uri()):
+        assert torch.equal(tokens(processor, [user(video(address))])["pixel_values"][0], expected)
+
+
+def test_a_photo_is_seen_upright(processor, tmp_path):
+    """A camera that was held on its side writes so into the file, and its picture as it lay."""
+    upright = picture(80, 120)
+    note = Image.Exif()
+    note[0x0112] = 6  # turn by a quarter, clockwise
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "photo.png", exif=note)
+    expected = processor(text="<image>", images=upright)
+    with Image.open(tmp_path / "photo.png") as opened:
+        for given in (tmp_path / "photo.png", opened):
+            seen = processor(text="<image>", images=given)
+            assert seen["image_sizes"] == expected["image_sizes"] == [(120, 80)]
+            assert torch.equal(seen["pixel_values"][0], expected["pixel_values"][0])
 
 
 @pytest.mark.parametrize("order", ["hourllava, transformers", "transformers, hourllava"])

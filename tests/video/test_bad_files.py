@@ -5,6 +5,7 @@ import os
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from clips import SIDE, board, cut, damage, numbers, write_clip, write_tone
@@ -85,6 +86,58 @@ def test_noise_named_as_video(tmp_path: Path) -> None:
     path = tmp_path / "noise.mp4"
     path.write_bytes(np.random.default_rng(0).bytes(20000))
     refusal(path)
+
+
+def test_a_clock_that_begins_again_is_told(tmp_path: Path) -> None:
+    """Recordings that were put one behind the other: their pictures have the same times."""
+    parts = [write_clip(tmp_path / f"{k}.ts", range(40 + 20 * k), Fraction(1)).read_bytes() for k in range(2)]
+    path = tmp_path / "both.ts"
+    path.write_bytes(b"".join(parts))
+    reader = open_video(path)
+    assert len(numbers(reader.chunks(SIDE))) == 60
+    assert reader.report.message is not None
+    assert "39 s have no time of their own, since the clock in the file jumps" in reader.report.message
+    assert "convert it to MP4" in reader.report.message
+    assert reader.report.seconds_expected == pytest.approx(99)
+
+
+def test_pictures_after_hours_without_any_are_told(tmp_path: Path) -> None:
+    ticks = [*range(30), *range(20000, 20020)]
+    reader = open_video(write_clip(tmp_path / "camera.mkv", ticks, Fraction(1), "mpeg4"))
+    assert numbers(reader.chunks(SIDE)) == list(range(30))
+    assert reader.report.message is not None
+    assert "are lost" in reader.report.message
+
+
+def test_sparse_pictures_are_no_jumps(tmp_path: Path) -> None:
+    ticks = np.cumsum([0, *np.random.default_rng(0).choice([1, 9, 15, 40, 600], size=40)]).tolist()
+    for suffix, codec in (("mkv", "libx264"), ("mp4", "libx264"), ("ts", "libx264"), ("mkv", "mpeg4")):
+        reader = open_video(write_clip(tmp_path / f"slides.{suffix}", ticks, Fraction(1), codec))
+        found = numbers(reader.chunks(SIDE))
+        assert [found[tick] for tick in ticks] == list(range(len(ticks)))
+        assert reader.report.message is None
+
+
+def test_cover_art_is_no_video(tmp_path: Path) -> None:
+    path = tmp_path / "song.mp4"
+    with av.open(str(path), "w") as container:
+        cover = container.add_stream("mjpeg", rate=1)
+        cover.width = cover.height = SIDE
+        cover.pix_fmt, cover.disposition = "yuvj420p", av.stream.Disposition.attached_pic
+        sound = container.add_stream("aac", rate=8000)
+        picture = av.VideoFrame.from_ndarray(board(1), format="rgb24").reformat(format="yuvj420p")
+        picture.pts = 0
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+        silence.sample_rate, silence.pts = 8000, 0
+        for stream, frame in ((cover, picture), (sound, silence)):
+            for packet in (*stream.encode(frame), *stream.encode(None)):
+                container.mux(packet)
+    assert "holds no video, only audio, cover art" in refusal(path)
+
+
+def test_a_quicktime_file_without_its_index(tmp_path: Path) -> None:
+    path = cut(write_clip(tmp_path / "whole.mov", range(50), Fraction(1)), tmp_path / "cut.mov", 0.7)
+    assert "it may have been cut off" in refusal(path)
 
 
 def test_sound_only(tmp_path: Path) -> None:

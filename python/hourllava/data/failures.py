@@ -133,7 +133,8 @@ class FailureLog:
 
     def _write(self, identity: str, error: HourLlavaError) -> None:
         fields = {"id": identity, "what": error.what, "why": error.why, "todo": error.todo}
-        line = (json.dumps(fields, ensure_ascii=False) + "\n").encode()
+        # What is no UTF-8, as of file names with other bytes, becomes the escape that JSON has for it.
+        line = (json.dumps(fields, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
         # One write to a file opened for appending: lines of several processes do not mix.
         try:
             with self.path.open("ab", buffering=len(line) + 1) as file:

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from hourllava.errors import DataError
 from hourllava.memory import Repository
-from hourllava.model.prompt import IMAGE
+from hourllava.model.prompt import IMAGE, is_whole
 from hourllava.video import FrameFolder, VideoReader, open_video
 
 from .manifest import Entry
@@ -84,7 +84,7 @@ def to_sample(entry: Entry, places: Places, stream: str = "") -> Sample:
 
     One `<image>` mark that is not at the start of its question is moved there, onto a line of its own, and a single
     image or video without a mark gets one at the start of the first question, as the original does. A system message
-    at the start is left out: the model has its own.
+    at the start is left out, since the model has its own, and so is an answer there, as in the original.
 
     Raises:
         DataError: it is no conversation, an answer has no question, or marks and media do not match; the message names
@@ -116,6 +116,7 @@ def _turns(conversation: Any, what: str) -> list[tuple[str, str]]:
         raise DataError(what, "it has no list of conversations", _SHAPE)
     messages = [_message(message, number, what) for number, message in enumerate(conversation)]
     skipped = int(messages[0][0] == "system")
+    skipped += int(len(messages) > skipped + 1 and messages[skipped][0] == "answer")
     messages = messages[skipped:]
     for place, (role, text) in enumerate(messages):
         number = place + skipped
@@ -138,6 +139,9 @@ def _message(message: Any, number: int, what: str) -> tuple[str, str]:
         raise DataError(what, f"message {number} has no sender or no text", _SHAPE)
     if role not in (*_ROLES, "system"):
         raise DataError(what, f"message {number} is from {role!r}", f"choose from {', '.join(_ROLES)}, system")
+    if not is_whole(text):
+        why = f"message {number} holds half of a character (a lone surrogate)"
+        raise DataError(what, why, "write its text again in UTF-8, or leave it out")
     text = text.replace(_NOISE, "")
     if text.count(IMAGE) == 1 and not text.startswith(IMAGE) and _ROLES.get(role) == "question":
         text = f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip()

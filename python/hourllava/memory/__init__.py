@@ -11,7 +11,8 @@ from .sharded_memory import ShardedMemory
 from .sharding import Shard, sharded_attention
 from .sizes import format_size, parse_size
 from .upkeep import Problem, repair, verify
-from .video_memory import MemoryPrefix, MemoryShape, MemoryWriter, VideoMemory
+from .video_memory import MemoryPrefix, VideoMemory
+from .writer import MemoryShape, MemoryWriter
 
 __all__ = [
     "PRECISIONS",

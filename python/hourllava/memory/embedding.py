@@ -14,7 +14,7 @@ from hourllava.errors import MemoryFileError
 from .pages import batches
 from .repository import Repository, VideoJournal, check_name, locked
 from .storage import reason
-from .video_memory import MemoryWriter
+from .writer import MemoryWriter
 
 COMMIT = 256  # frames; an hour is 15 files, and a writer that is killed loses four minutes at most
 

@@ -19,7 +19,8 @@ from .pool import Pool, scratch_files
 from .repository import Repository, pool_files
 from .sizes import format_size, parse_size
 from .tier import PageTier
-from .video_memory import MemoryPrefix, MemoryWriter, check_fingerprint
+from .video_memory import MemoryPrefix, check_fingerprint
+from .writer import MemoryWriter
 
 
 @dataclass(frozen=True)

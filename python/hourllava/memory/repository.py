@@ -36,7 +36,8 @@ from .segments import (
 )
 from .sharded_memory import ShardedMemory
 from .storage import reason
-from .video_memory import MemoryShape, MemoryWriter, VideoMemory
+from .video_memory import VideoMemory
+from .writer import MemoryShape, MemoryWriter
 
 GIVE_MODEL = "name a model that has the same vision tower"
 

@@ -9,7 +9,8 @@ from torch import distributed as dist
 
 from .pages import PAGE_SIZE
 from .sharding import Shard, least_loaded
-from .video_memory import MemoryPrefix, MemoryWriter, VideoMemory
+from .video_memory import MemoryPrefix, VideoMemory
+from .writer import MemoryWriter, check_pictures
 
 RUN = PAGE_SIZE  # neighbouring seconds that stay together: they fill pages of both kinds, those of one process
 
@@ -57,6 +58,7 @@ class ShardedMemory:
         Raises:
             HourLlavaError: as `VideoMemory.append`.
         """
+        check_pictures(frames)
         self._append(frames, self._own.append)
 
     def append_features(self, features: Tensor) -> None:

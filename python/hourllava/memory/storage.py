@@ -53,13 +53,16 @@ def write_memory_file(path: str | os.PathLike[str], tensors: dict[str, Pieces], 
     Raises:
         StorageError: the file cannot be written (no space, no permission, no such folder).
     """
-    target = Path(path)
+    # A link goes on leading there, and the file lies on the disk that it leads to.
+    target = Path(os.path.realpath(path))
+    if os.path.exists(target) and not (os.path.isfile(target) or os.path.isdir(target)):
+        raise MemoryFileError(path, "it is no file that could be replaced", "choose another place")
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+    # Names of files may hold what is no UTF-8, and a header of safetensors may not.
+    told = {name: text.encode(errors="backslashreplace").decode() for name, text in notes.items()}
     try:
         with temporary.open("wb") as file:
-            # A path may hold bytes that are no UTF-8, and the file could not be read again.
-            whole = {word: text.encode(errors="replace").decode() for word, text in notes.items()}
-            digest = _write_safetensors(file, tensors, {**whole, "format": FORMAT})
+            digest = _write_safetensors(file, tensors, {**told, "format": FORMAT})
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
@@ -67,7 +70,7 @@ def write_memory_file(path: str | os.PathLike[str], tensors: dict[str, Pieces], 
         return digest
     except OSError as error:
         why = f"it cannot be written ({reason(error)})"
-        raise StorageError(target, why, "free some space or choose another place") from error
+        raise StorageError(path, why, "free some space or choose another place") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -83,6 +86,8 @@ def read_memory_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
     if not target.is_file():
         why = "it is a directory" if target.is_dir() else "there is no such file"
         raise MemoryFileError(target, why, "name a file that `watch` saved")
+    if os.fsencode(target) != str(target).encode(errors="replace"):  # safetensors cannot open it
+        raise MemoryFileError(target, "its name or a folder's is no UTF-8", "rename that; the file may be sound")
     try:
         with safe_open(target, "pt") as file:
             notes = file.metadata() or {}

@@ -15,7 +15,8 @@ from .pages import PAGE_SIZE, MemoryPages, open_pages, rows_in_use
 from .pool import PIECE_BYTES
 from .sizes import format_size
 from .storage import as_bytes
-from .video_memory import SUMMARY_ROWS, MemoryShape, summary_dtype, summary_of
+from .video_memory import summary_of
+from .writer import SUMMARY_ROWS, MemoryShape, summary_dtype
 
 
 class PageTier:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -19,76 +19,11 @@ from .pages import PAGE_SIZE, MemoryPages, batches, frame_slots, open_pages, pag
 from .pool import Pool
 from .sharding import Shard
 from .storage import Pieces, as_bytes, read_memory_file, write_memory_file
+from .writer import SUMMARY_ROWS, Journal, MemoryShape, MemoryWriter, check_pictures, summary_dtype
 
-SUMMARY_ROWS = 3  # of a page and head: mean, least and greatest key
 # A memory in files grows by this share of what it holds, and by so many frames at the most: growing moves nothing,
 # and files are never much larger than what they hold.
 FILE_SHARE, FILE_GROWTH = 16, 256
-
-
-@dataclass(frozen=True)
-class MemoryShape:
-    """Sizes of everything a memory holds, per frame and per block."""
-
-    per_frame: int  # visual tokens of a frame
-    width: int  # channels of a token
-    blocks: int
-    kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of one page in all blocks: keys, values, their summary, and how many rows are in use."""
-        row = self.blocks * self.kv_heads * self.head_dim
-        rows = 2 * PAGE_SIZE * self.dtype.itemsize + SUMMARY_ROWS * summary_dtype(self.dtype).itemsize
-        return row * rows + torch.int32.itemsize
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of the visual tokens of one frame."""
-        return self.per_frame * self.width * self.dtype.itemsize
-
-
-class MemoryWriter(Protocol):
-    """What makes memory of frames: a model."""
-
-    shape: MemoryShape
-    feature_width: int  # channels of a feature
-    device: torch.device
-    inv_freq: Tensor  # float32 (F,)
-    batch: int  # frames are encoded in batches that start at multiples of this
-
-    def fingerprint(self) -> str:
-        """Identifies everything that the memory's contents depend on besides the frames."""
-
-    def tower_fingerprint(self) -> str:
-        """Identifies everything that features depend on besides the frames."""
-
-    def encode(self, frames: Tensor) -> Tensor:
-        """Features (n, N, Cv) of frames (n, 3, H, W)."""
-
-    def project(self, features: Tensor) -> Tensor:
-        """Visual tokens (n, N, C) of features (n, N, Cv)."""
-
-    def keys_values(self, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Every block's unrotated keys and values, (n * (N + 1), Hkv, D), of tokens (n, N, C) and then n newlines."""
-
-
-class Journal(Protocol):
-    """Where a memory's features are kept for good: a video of a repository."""
-
-    def keep(self, features: Tensor) -> Tensor:
-        """Take in the next frames' features (n, N, Cv), and return them as they will be read back, in their dtype."""
-
-    def commit(self, first: int, memory: "VideoMemory") -> None:
-        """Keep what was taken in, of frames `first` on; when it returns, that survives whatever happens."""
-
-    def abandon(self) -> None:
-        """Forget what was taken in since the last commit."""
-
-    def close(self) -> None:
-        """Take in no more."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +75,7 @@ class VideoMemory:
         self._writer: MemoryWriter | None = None
         self._journal: Journal | None = None
         self._lock = threading.Lock()  # held while rows are written
+        self._appending = threading.Lock()  # held from the first frame of an append to its last, and while saving
         self._in_files = files is not None and device.type == "cpu"
 
         def pool(name: str, *row: int, dtype: torch.dtype = shape.dtype) -> Pool:
@@ -218,30 +154,35 @@ class VideoMemory:
 
         Raises:
             ModelError: no model is attached.
+            MemoryFileError: the model has changed since; or what is appended cannot be kept.
+            VideoError: these are no such frames.
         """
-        writer, start = self._attached(), self.frames
-        self.reserve(start + len(frames))
-        second = start + self.skipped
-        try:
-            for first, end, offset in batches(second, second + len(frames), writer.batch):
-                self._append_batch(writer, frames[first - second : end - second], offset)
-            if self._journal is not None and len(frames):
-                began = time.perf_counter()
-                self._journal.commit(start, self)
-                self.timings["write"] += time.perf_counter() - began
-        except BaseException:
-            if self._journal is not None:
-                self._journal.abandon()
-                self.frames = start  # what could not be kept was never remembered
-            raise
+        check_pictures(frames)
+        with self._appending:
+            writer, start = self._attached(), self.frames
+            self.reserve(start + len(frames))
+            second = start + self.skipped
+            try:
+                for first, end, offset in batches(second, second + len(frames), writer.batch):
+                    self._append_batch(writer, frames[first - second : end - second], offset)
+                if self._journal is not None and len(frames):
+                    began = time.perf_counter()
+                    self._journal.commit(start, self)
+                    self.timings["write"] += time.perf_counter() - began
+            except BaseException:
+                if self._journal is not None:
+                    self._journal.abandon()
+                    self.frames = start  # what could not be kept was never remembered
+                raise
 
     @torch.no_grad()
     def append_features(self, features: Tensor) -> None:
         """Add seconds of which the features (n, N, Cv) are kept already: `append` without the tower and the journal."""
-        writer, second = self._attached(), self.frames + self.skipped
-        self.reserve(self.frames + len(features))
-        for first, end, offset in batches(second, second + len(features), writer.batch):
-            self._write(writer, features[first - second : end - second].to(writer.device, self.shape.dtype), offset)
+        with self._appending:
+            writer, second = self._attached(), self.frames + self.skipped
+            self.reserve(self.frames + len(features))
+            for first, end, offset in batches(second, second + len(features), writer.batch):
+                self._write(writer, features[first - second : end - second].to(writer.device, self.shape.dtype), offset)
 
     def row_digest(self, first: int, end: int) -> str:
         """Hash of everything that frames `first` to `end` wrote: tokens, and keys and values of every block."""
@@ -277,22 +218,17 @@ class VideoMemory:
             pool.reserve(page_count(frames, self.shape.per_frame))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the memory to a file, which either holds all of it or is what it was before.
+        """Write the memory to a file, which either holds all of it or is what it was before. Appends wait meanwhile.
 
         Raises:
             MemoryFileError: the file cannot be written.
         """
-        named = {"tokens": self._tokens}
-        for block in range(self.shape.blocks):
-            named[f"blocks.{block}.key_pages"] = self._keys[block]
-            named[f"blocks.{block}.value_pages"] = self._values[block]
-            named[f"blocks.{block}.key_summary"] = self._summaries[block]
-        tensors = {}
-        for name, pool in named.items():
-            count = self.frames if pool is self._tokens else self.num_pages
-            tensors[name] = Pieces(pool.rows.dtype, (count, *pool.rows.shape[1:]), pool.pieces(count))
-        notes = {"model": self.fingerprint, "damage": self.damage or "", "source": self.source or ""}
-        write_memory_file(path, tensors, notes)
+        with self._appending:  # but asked it can be meanwhile
+            tensors = {
+                name: Pieces(pool.rows.dtype, (count, *pool.rows.shape[1:]), pool.pieces(count))
+                for name, (pool, count) in self._named_pools().items()
+            }
+            write_memory_file(path, tensors, self._notes())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> "VideoMemory":
@@ -306,13 +242,24 @@ class VideoMemory:
             MemoryFileError: the file is missing, damaged, or not a memory.
         """
         found, notes = read_memory_file(path)
-        tensors = {name: tensor.to(device) for name, tensor in found.items()}
-        keys = tensors["blocks.0.key_pages"]
-        tokens = tensors["tokens"]
+        memory = cls._of({name: tensor.to(device) for name, tensor in found.items()}, notes)
+        memory.path = os.fspath(path)
+        return memory
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, or what another process gets, is like a memory that was saved and loaded: in RAM, without a model."""
+        with self._lock:
+            tensors = {name: pool.rows[:count].clone() for name, (pool, count) in self._named_pools().items()}
+        return VideoMemory._of, (tensors, self._notes())
+
+    @classmethod
+    def _of(cls, tensors: dict[str, Tensor], notes: dict[str, str]) -> "VideoMemory":
+        """The memory of tensors and notes that have been saved."""
+        keys, tokens = tensors["blocks.0.key_pages"], tensors["tokens"]
         blocks = sum(name.endswith("key_pages") for name in tensors)
         shape = MemoryShape(tokens.shape[1], tokens.shape[2], blocks, keys.shape[1], keys.shape[3], tokens.dtype)
         memory = cls(shape, notes["model"], tokens.device)
-        memory.frames, memory.damage, memory.path = len(tokens), notes["damage"] or None, os.fspath(path)
+        memory.frames, memory.damage = len(tokens), notes["damage"] or None
         memory.source = notes.get("source") or None  # files of earlier versions do not say
         memory._tokens = Pool.of(tokens)
         memory._keys = [Pool.of(tensors[f"blocks.{block}.key_pages"]) for block in range(blocks)]
@@ -320,9 +267,22 @@ class VideoMemory:
         memory._summaries = [Pool.of(tensors[f"blocks.{block}.key_summary"]) for block in range(blocks)]
         return memory
 
+    def _named_pools(self) -> dict[str, tuple[Pool, int]]:
+        """Where each tensor of a saved memory is, and how many of its rows are in use."""
+        named = {"tokens": (self._tokens, self.frames)}
+        for block in range(self.shape.blocks):
+            named[f"blocks.{block}.key_pages"] = self._keys[block], self.num_pages
+            named[f"blocks.{block}.value_pages"] = self._values[block], self.num_pages
+            named[f"blocks.{block}.key_summary"] = self._summaries[block], self.num_pages
+        return named
+
+    def _notes(self) -> dict[str, str]:
+        return {"model": self.fingerprint, "damage": self.damage or "", "source": self.source or ""}
+
     def _attached(self) -> MemoryWriter:
         if self._writer is None:
             raise ModelError("memory", "no model is attached to it", "call model.attach(memory) before appending")
+        self.check_model(self._writer.fingerprint())  # other weights, or of another dtype, make another memory
         return self._writer
 
     def _append_batch(self, writer: MemoryWriter, frames: Tensor, offset: int) -> None:
@@ -385,11 +345,6 @@ def check_fingerprint(what: object, model: str, maker: str) -> None:
     """Raise MemoryFileError unless the model with fingerprint `model` is the one that made a memory."""
     if model != maker:
         raise MemoryFileError(what, "it was made by another model", "use that model, or watch the video again")
-
-
-def summary_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the summaries of pages of this dtype."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def summary_of(keys: Tensor, length: int) -> Tensor:

@@ -23,7 +23,7 @@ from .prompt import Prompt, build_prompt, check_text, time_instruction
 from .remembering import Choice, keep_of_video, repeat_frames
 from .sharing import keep_of_shards, whole_memory
 from .stream import Interleaved, interleave, query_stream
-from .watching import memory_fingerprint
+from .watching import memory_fingerprint, no_autocast
 
 if TYPE_CHECKING:
     from .modeling import HourLlavaForConditionalGeneration
@@ -46,7 +46,7 @@ class Moment:
         return first if first == last else f"{first}-{last}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # it holds tensors, which compare to tensors
 class Answer:
     """An answer and its evidence; `str()` is its text."""
 
@@ -111,7 +111,8 @@ def prepare(model: "HourLlavaForConditionalGeneration", memory: Memory, question
     instruction = time_instruction(float(seen.frames), seen.frames) if model.config.time_instruction else None
     history = [(asked.strip(), answer) for asked, answer in options.history]
     prompt = build_prompt(model.tokenizer, question.strip(), instruction, history, options.system)
-    return Prepared(*_prefill(model, seen, Prompt(*(part.to(model.device) for part in prompt)), options))
+    with no_autocast(model.device):
+        return Prepared(*_prefill(model, seen, Prompt(*(part.to(model.device) for part in prompt)), options))
 
 
 @torch.no_grad()
@@ -122,17 +123,18 @@ def ask(model: "HourLlavaForConditionalGeneration", memory: Memory, question: st
     augmented = time.perf_counter()
     embeds, mass = prepared.embeds, cast(Tensor, prepared.mass)
     end = model.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    written = model.generate(
-        inputs_embeds=embeds,
-        attention_mask=torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device),
-        max_new_tokens=options.max_new_tokens,
-        do_sample=False,
-        repetition_penalty=1.0,  # whatever generation_config the checkpoint came with
-        eos_token_id=end,
-        pad_token_id=end,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
+    with no_autocast(model.device):
+        written = model.generate(
+            inputs_embeds=embeds,
+            attention_mask=torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device),
+            max_new_tokens=options.max_new_tokens,
+            do_sample=False,
+            repetition_penalty=1.0,  # whatever generation_config the checkpoint came with
+            eos_token_id=end,
+            pad_token_id=end,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
     text = str(model.tokenizer.decode(written.sequences[0], skip_special_tokens=True)).strip()
     probability, token = written.logits[0][0].float().softmax(-1).topk(TOP_TOKENS)
     top = [(str(model.tokenizer.decode([t])), p) for t, p in zip(token.tolist(), probability.tolist(), strict=True)]

@@ -128,4 +128,4 @@ def as_budget(given: "Budget | str") -> Budget | None:
     """What `ask` is given as its budget, an object or its short form; None for "all", which reads every page."""
     if given == ALL:
         return None
-    return Budget.parse(given) if isinstance(given, str) else given
+    return given if isinstance(given, Budget) else Budget.parse(str(given))

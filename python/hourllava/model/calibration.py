@@ -17,7 +17,7 @@ from transformers import Qwen2Config, Qwen2Model
 from hourllava.errors import VideoError
 from hourllava.memory import Repository, VideoMemory
 from hourllava.memory.pages import PAGE_SIZE, MemoryPages
-from hourllava.memory.video_memory import summary_dtype
+from hourllava.memory.writer import summary_dtype
 from hourllava.video import VideoReader, repeat_video, write_video
 from hourllava.video.runs import SEGMENT
 

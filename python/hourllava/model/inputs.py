@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, cast
 
+import torch
 from torch import Tensor
 from torch import distributed as dist
+from transformers import Cache
 
 from hourllava.errors import InputError
 
@@ -62,9 +64,11 @@ def read_visuals(
     Raises:
         InputError: the lists do not fit together.
     """
-    content = list(pixel_values or vision_features or [])
-    if pixel_values and vision_features:
+    # A batch of videos of one length may come as one tensor, which has no truth value.
+    pixels, features = ([] if given is None else list(given) for given in (pixel_values, vision_features))
+    if pixels and features:
         raise InputError("model input", "there are both pixel_values and vision_features", "give either")
+    content = pixels or [_features(x) for x in features]
     modalities = list(modalities or ["video"] * len(content))
     sizes = list(image_sizes or [None] * len(content))
     if not len(content) == len(modalities) == len(sizes):
@@ -73,8 +77,21 @@ def read_visuals(
     for modality in modalities:
         if modality not in MODALITIES:
             raise InputError("model input", f"there is no modality {modality!r}", f"choose {' or '.join(MODALITIES)}")
-    content = content if pixel_values else [_features(x) for x in content]
     return [Visual(x, modality, size) for x, modality, size in zip(content, modalities, sizes, strict=True)]
+
+
+def is_prompt(past: Cache | None, attention_mask: object, visuals: list[Visual]) -> bool:
+    """Whether what is given is a prompt: not so once there is a cache, which holds it, or masks that `generate` has
+    made for one.
+
+    Raises:
+        InputError: there is a cache, and images or videos that nothing would look at.
+    """
+    cached = past is not None and past.get_seq_length() > 0
+    if cached and visuals:
+        todo = "give them with the prompt only, or take an empty cache"
+        raise InputError("model input", "there are images or videos beside a cache that holds a prompt", todo)
+    return not cached and (attention_mask is None or getattr(attention_mask, "ndim", 0) == 2)
 
 
 def group_by_sample(marks: Tensor, visuals: list[Visual]) -> list[list[Visual]]:
@@ -120,6 +137,11 @@ def check_content(groups: list[list[Visual]], config: HourLlavaConfig) -> None:
                 good = len(shape) == 3 and shape[2] == config.vision_width and math.isqrt(shape[1]) ** 2 == shape[1] > 0
             if not good or shape[0] == 0:
                 raise InputError(what, f"it has shape {shape}", f"give {wanted} with n > 0")
+            dtype = visual.content.dtype
+            if not dtype.is_floating_point and (dtype != torch.uint8 or len(shape) == 3):
+                raise InputError(
+                    what, f"it is {dtype}", "give pixels in uint8 or normalised floats, features in floats"
+                )
             if visual.modality == "image" and shape[0] > 1:
                 _check_tiles(what, visual, config)
 

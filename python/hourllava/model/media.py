@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import unquote
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from hourllava.errors import InputError
@@ -28,6 +29,21 @@ class Media:
 
     kind: Literal["image", "video"]
     source: Any
+
+
+def check_messages(messages: Any) -> None:
+    """Raise InputError unless these are messages of a chat."""
+    todo = 'give [{"role": "user", "content": text or [{"type": ..., ...}, ...]}, ...]'
+    if not isinstance(messages, list | tuple) or not messages:
+        raise InputError("messages", f"they are {messages!r}"[:80], todo)
+    for number, message in enumerate(messages):
+        fields = message if isinstance(message, dict) else {}
+        content = fields.get("content")
+        parts = content if isinstance(content, list | tuple) else []
+        sound = isinstance(content, str | list | tuple) and all(isinstance(part, dict) for part in parts)
+        if not sound or not isinstance(fields.get("role"), str):
+            why = "its content is neither text nor a list of parts" if "role" in fields else "it has no role"
+            raise InputError(f"message {number}", why, todo)
 
 
 def media_of_messages(messages: Sequence[dict[str, Any]]) -> list[Media]:
@@ -84,9 +100,11 @@ def read_image(source: Any, config: HourLlavaConfig, shares_prompt: bool, name: 
         path = _local(source, name)
         try:
             with Image.open(path) as opened:
-                source = opened.convert("RGB")
+                source = ImageOps.exif_transpose(opened).convert("RGB")  # upright, as a camera means it
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # as PIL has them
             raise InputError(path, f"it is no image that can be read ({error})", "give a PNG or JPEG file") from error
+    elif _is_pil(source):
+        source = ImageOps.exif_transpose(source)
     return (square_image if shares_prompt else tile_image)(_to_channels_first(source), config, name)
 
 
@@ -111,9 +129,12 @@ def read_video(source: Any, size: int, name: str) -> tuple[Tensor, float]:
 
 def _local(source: str | os.PathLike[str], name: str) -> Path:
     text = os.fspath(source)
-    if "://" in text and not text.startswith("file://"):
+    if text.startswith("file://"):
+        plain = Path(text.removeprefix("file://"))
+        return plain if plain.exists() else Path(unquote(os.fspath(plain)))  # as `Path.as_uri` writes a space
+    if "://" in text:
         raise InputError(name, f"{text} is on the net", "download it and give the file")
-    return Path(text.removeprefix("file://"))
+    return Path(text)
 
 
 def _to_channels_first(picture: Any) -> Any:

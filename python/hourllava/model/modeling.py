@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedTokenizerBase, Qwen2Model, Qwen2PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 import hourllava_ext as ext
 from hourllava.errors import InputError, ModelError
@@ -27,6 +28,7 @@ from .inputs import (
     check_lengths,
     check_targets,
     group_by_sample,
+    is_prompt,
     pop_visual_options,
     read_visuals,
 )
@@ -102,6 +104,7 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
         self.fingerprint_cache: tuple[tuple, str] | None = None  # see `watching.memory_fingerprint`
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -134,19 +137,16 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
             loss if labels are given, and logits over the expanded sequences, padded at the side that `input_ids` is.
 
         Raises:
-            InputError: marks and visual inputs do not match, a sample is longer than the decoder reads, or its labels
-                are all ignored; the message names the sample.
+            InputError: marks and visual inputs of a sample do not match, it is longer than the decoder reads, or its
+                labels are all ignored; or there is something to see, but the cache holds a prompt already.
             ModelError: the model has no tower for pixels.
         """
         options = pop_visual_options(kwargs)
         targets = kwargs.pop("num_items_in_batch", None)  # of the whole step, where gradients are accumulated
-        past = kwargs.get("past_key_values")
         visuals = read_visuals(pixel_values, vision_features, modalities, image_sizes)
         if visuals and input_ids is None:
             raise InputError("model input", "there are images or videos, but no input_ids", "give the prompts' ids")
-        # Not so once there is a cache, which holds the prompt, or a mask that `generate` has made for one.
-        is_prompt = not (past is not None and past.get_seq_length()) and getattr(attention_mask, "ndim", 2) == 2
-        if input_ids is not None and is_prompt:
+        if is_prompt(kwargs.get("past_key_values"), attention_mask, visuals) and input_ids is not None:
             inputs_embeds, labels, rows = self._expand(input_ids, attention_mask, labels, visuals, options)
             # Causal attention never looks at padding at the right: only padding at the left needs a mask.
             attention_mask, position_ids = (None, None) if rows is None else left_padding(rows)
@@ -171,16 +171,17 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
         image_sizes: Sequence[tuple[int, int] | None] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """transformers' `generate`; images and videos are taken in once, before the first token, as in `forward`."""
+        """transformers' `generate`; images and videos are taken in once, and only what comes after them is returned."""
         inputs = kwargs.pop("input_ids", inputs)
         visuals = read_visuals(pixel_values, vision_features, modalities, image_sizes)
         options = pop_visual_options(kwargs)
+        if self.training and self.model.gradient_checkpointing:
+            raise ModelError("model", "it trains with checkpointing, which keeps no cache", "call model.eval() first")
         if not visuals:
             return super().generate(inputs, **kwargs)  # type: ignore[misc]
         packed, rows = self.embed(inputs, kwargs.pop("attention_mask", None), None, visuals, options)
-        embeds = pad_rows(packed, rows, 0.0, left=True)
-        mask, _ = left_padding(rows)
-        return super().generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)  # type: ignore[misc]
+        kwargs |= {"inputs_embeds": pad_rows(packed, rows, 0.0, left=True), "attention_mask": left_padding(rows)[0]}
+        return super().generate(**kwargs)  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -295,7 +296,8 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
         left = attention_mask is not None and not bool(attention_mask[:, 0].all())
         if labels is not None:
             flat = torch.cat([labels.flatten(), labels.new_full((len(rows.order),), -100)])
-            labels = pad_rows(flat[rows.order], rows, -100, left)
+            # Nothing stands before a first token but padding, which cannot teach it.
+            labels = pad_rows(flat[rows.order].masked_fill(rows.rank == 0, -100), rows, -100, left)
         return pad_rows(packed, rows, 0.0, left), labels, rows if left else None
 
     def embed(

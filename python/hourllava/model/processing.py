@@ -14,8 +14,8 @@ from hourllava.errors import InputError
 
 from .checkpoint import find_folder, read_config, read_json
 from .configuration import HourLlavaConfig
-from .media import Media, distribute, media_of_messages, read_image, read_video
-from .prompt import IMAGE, TEMPLATE_TOKENS, load_tokenizer, time_instruction
+from .media import Media, check_messages, distribute, media_of_messages, read_image, read_video
+from .prompt import IMAGE, TEMPLATE_TOKENS, is_whole, load_tokenizer, time_instruction
 
 _FILE, _TEMPLATE_FILE = "processor_config.json", "chat_template.jinja"
 
@@ -180,6 +180,8 @@ class HourLlavaProcessor(ProcessorMixin):
         batch = list(conversation)
         single = not batch or isinstance(batch[0], dict)
         conversations = [batch] if single else batch
+        for messages in conversations:
+            check_messages(messages)
         known = ("padding_side", "return_labels", "video_seconds")
         options = {name: kwargs.pop(name) for name in known if name in kwargs} | (processor_kwargs or {})
         for ours in ("return_tensors", "padding"):
@@ -223,6 +225,9 @@ class HourLlavaProcessor(ProcessorMixin):
         sizes: list[tuple[int, int] | None] = []
         texts = []
         for number, (prompt, seen) in enumerate(zip(prompts, media, strict=True)):
+            if not is_whole(prompt):
+                why = "it holds half of a character (a lone surrogate)"
+                raise InputError(f"prompt {number}", why, "give its text in UTF-8")
             if prompt.count(IMAGE) != len(seen):
                 why = f"it has {prompt.count(IMAGE)} {IMAGE} marks for {len(seen)} images and videos"
                 raise InputError(f"prompt {number}", why, "give it one mark for each")

@@ -118,8 +118,15 @@ def tell_time(turns: Sequence[tuple[str, str]], instruction: str) -> list[tuple[
     return [(_ask(asked[0][0], instruction), asked[0][1]), *asked[1:]]
 
 
+def is_whole(text: str) -> bool:
+    """Whether a text holds no half of a character: what is left of one that was cut, or of bytes that are no UTF-8."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def check_text(text: str) -> None:
-    """Raise QuestionError if a text that a person gives holds tokens that only prompts may."""
+    """Raise QuestionError if a text that a person gives holds tokens that only prompts may, or is no Unicode."""
+    if not is_whole(text):
+        raise QuestionError("question", "it holds half of a character (a lone surrogate)", "give it in UTF-8")
     held = [token for token in (*TEMPLATE_TOKENS, IMAGE) if token.strip() and token in text]
     if held:
         raise QuestionError("question", f"it holds {held[0]}, which the model reads as a mark", "leave that out")

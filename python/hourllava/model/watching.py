@@ -5,7 +5,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
@@ -64,15 +64,24 @@ class FrameWriter:
         if frames.shape[-2:] != (size, size):
             frames = resize_frames(frames, size)
         assert self.model.model.vision_tower is not None
-        return self.model.model.vision_tower.encode([frames], self.grid)[0]
+        with no_autocast(self.device):
+            return self.model.model.vision_tower.encode([frames], self.grid)[0]
 
     def project(self, features: Tensor) -> Tensor:
-        return self.model.model.mm_projector(features)
+        with no_autocast(self.device):
+            return self.model.model.mm_projector(features)
 
     def keys_values(self, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
         newlines = self.model.model.image_newline.expand(len(tokens), -1)
         rows = torch.cat([tokens.flatten(0, 1), newlines])
-        return [block.cross_attn.keys_values(rows) for block in self.model.model.vision_resampler.blocks]
+        with no_autocast(self.device):
+            return [block.cross_attn.keys_values(rows) for block in self.model.model.vision_resampler.blocks]
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager:
+    """What a memory holds, and what is read out of it, has the model's dtype whatever autocast the caller is in."""
+    inside = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if inside else nullcontext()
 
 
 def memory_shape(config: HourLlavaConfig, dtype: torch.dtype) -> MemoryShape:

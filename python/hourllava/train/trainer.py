@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from hourllava.data.sampler import GroupedSampler
 from hourllava.data.shards import ShardDataset
-from hourllava.errors import DataError, HourLlavaError
+from hourllava.errors import DataError, HourLlavaError, RecipeError
 from hourllava.model import HourLlavaForConditionalGeneration
 from hourllava.model.checkpoint import own_report
 from hourllava.model.vision import count_passes
@@ -37,7 +37,7 @@ from hourllava.train.processes import (
 )
 from hourllava.train.recipes import Recipe, Training
 from hourllava.train.report import Meter
-from hourllava.train.resume import PART, commit, failed_save
+from hourllava.train.resume import PART, checkpoints, commit, failed_save
 from hourllava.train.streams import ShardSampler
 from hourllava.train.zero import ReduceInOrder, uses_zero
 
@@ -188,8 +188,18 @@ class VideoTrainer(Trainer):
         return self.optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's, with each part's rate and what was got through."""
+        """Trainer's, with each part's rate and what was got through.
+
+        Raises:
+            RecipeError: the loss or the norm of the gradients is no number: the weights are none from here on, and must
+                not take the place of the last checkpoint.
+        """
         if "loss" in logs:
+            odd = [f"{name} is {logs[name]}" for name in ("loss", "grad_norm") if not math.isfinite(logs.get(name, 0))]
+            if odd:
+                last = [f"{path.name} is as it was; " for path in checkpoints(Path(str(self.args.output_dir)))[-1:]]
+                todo = f"{''.join(last)}look at what this step was given, or start in another folder with lower rates"
+                raise RecipeError(f"step {self.state.global_step}", f"its {' and its '.join(odd)}", todo)
             logs = {**logs, **self._rates, **self.meter.rates()}
         super().log(logs, start_time)
 

@@ -14,6 +14,7 @@ import av
 import numpy as np
 from av.container import InputContainer
 from av.packet import Packet
+from av.stream import Stream
 from av.video.stream import VideoStream
 
 from hourllava.errors import VideoError
@@ -21,6 +22,7 @@ from hourllava.video.h264 import restart_test
 
 MAX_DEMUX_ERRORS = 100  # a container that fails this often in a row has nothing more to give
 MAX_GAP = 3600  # seconds that one picture may stay on screen; more is taken for a damaged timestamp
+CLOCK_STEP = 10  # seconds between packets; where there are more, or time goes back by as much, the clock has jumped
 MAX_SECONDS = 366 * 86400
 GONE = -1  # stands for the timestamp of a picture that is no longer in the file
 # In these files packets follow each other, so where a jump in time meets skipped bytes, packets were lost there.
@@ -45,7 +47,8 @@ class Plan:
     resumed: frozenset[int]  # timestamps of the packets that follow a hole in the file
     cuts: np.ndarray  # (m,) int64: timestamps at which decoding can begin and end without changing a picture
     seconds: float  # what the packets in the file cover
-    seconds_expected: float  # what the header promises, or `seconds` where it promises no more
+    seconds_expected: float  # what the header promises, or `seconds` where it promises no more; and `jumped`
+    jumped: float = 0.0  # seconds of pictures that are in the file, but have no time of their own
 
     @property
     def intact(self) -> bool:
@@ -85,9 +88,16 @@ def find_stream(container: InputContainer, name: str | os.PathLike[str]) -> Vide
             # One thread reports an error at the packet that holds it; frame threads report it pictures later.
             stream.thread_type = "NONE"
             return stream
-    kinds = ", ".join(sorted({str(stream.type) for stream in container.streams})) or "empty streams"
+    kinds = ", ".join(sorted({_kind_of(stream) for stream in container.streams})) or "empty streams"
     container.close()
     raise VideoError(name, f"holds no video, only {kinds}", "give a file with a video track")
+
+
+def _kind_of(stream: Stream) -> str:
+    if stream.type != "video":
+        return str(stream.type)
+    cover = av.stream.Disposition.attached_pic in stream.disposition
+    return "cover art" if cover else "pictures in a form that is not told (it may have been cut off)"
 
 
 def codec_of(stream: VideoStream) -> str:
@@ -167,13 +177,15 @@ def make_plan(path: str | os.PathLike[str]) -> Plan:
             why = f"its clock is damaged, it claims to last {float(seconds) / 86400:.0f} days"
             raise VideoError(path, why, "convert it to MP4 (ffmpeg -i IN OUT.mp4)")
         missing = _missing(container, stream, seconds, scan.last_of_any)
+        jumped = _jumped(scan, order, tick, bool(missing))
     targets = start + np.arange(math.ceil(seconds), dtype=np.int64) * tick.denominator // tick.numerator
     chosen = order[np.searchsorted(order, targets, side="right") - 1]
     for before in scan.holes.values():
         chosen[(chosen < before) & (targets >= before)] = GONE
-    intact = not missing and not scan.holes
+    intact = not missing and not scan.holes and not jumped
     cuts = _cuts(scan) if intact else np.array([], dtype=np.int64)
-    return Plan(targets, chosen, frozenset(scan.holes), cuts, float(seconds), float(seconds) + missing)
+    expected = float(seconds) + missing + jumped
+    return Plan(targets, chosen, frozenset(scan.holes), cuts, float(seconds), expected, jumped)
 
 
 @dataclass
@@ -183,17 +195,20 @@ class _Scan:
     times: array  # presentation time of each picture, in file order
     stops: array  # when each leaves the screen
     restarts: array  # 1 where the decoder forgets all before it
+    jumps: array  # numbers of the pictures before which the clock jumps
+    goes_back: bool = False  # one of these is into the past; else pictures may only be sparse
     holes: dict[int, int] = field(default_factory=dict)  # time of the packet after lost bytes: stop of those before
     last_of_any: float = 0.0  # seconds at which the last packet of any stream ends
 
 
 def _scan(container: InputContainer, stream: VideoStream, tick: Fraction) -> _Scan:
-    scan = _Scan(array("q"), array("q"), array("b"))
+    scan = _Scan(array("q"), array("q"), array("b"), array("q"))
     restarts = _restarting(container, stream)
     # A recording of a broadcast may begin between key pictures; what comes before the first cannot be decoded.
     first_key = None if container.format.name in BROADCAST else 0
     position, skipped, in_order = 0, False, container.format.name in BYTES_IN_ORDER
     before: int | None = None
+    clock: int | None = None  # decoding time of the packet before
     for packet in demux(container):
         time = packet_time(packet)
         if first_key is None and packet.stream_index == stream.index and packet.is_keyframe:
@@ -211,6 +226,11 @@ def _scan(container: InputContainer, stream: VideoStream, tick: Fraction) -> _Sc
             scan.holes[time] = before
         skipped = False
         before = max(stop, before or stop)
+        if packet.dts is not None:
+            if clock is not None and abs(packet.dts - clock) * tick > CLOCK_STEP:
+                scan.jumps.append(len(scan.times))
+                scan.goes_back |= packet.dts < clock
+            clock = packet.dts
         scan.times.append(time)
         scan.stops.append(stop)
         scan.restarts.append(packet.is_keyframe and not packet.is_corrupt and restarts(packet))
@@ -248,6 +268,20 @@ def _timeline(scan: _Scan, max_gap: int) -> tuple[np.ndarray, int]:
     longest = max(runs, key=len)
     last = int(times[longest[-1]])
     return times[longest], max(last + 1, int(stops[longest][stops[longest] <= last + max_gap].max(initial=0)))
+
+
+def _jumped(scan: _Scan, order: np.ndarray, tick: Fraction, told: bool) -> float:
+    """Seconds of pictures that others at the same times stand in front of, as in recordings that were put one behind
+    the other; and unless that is `told` already, of those that are not on the timeline `order`."""
+    stretches = np.split(np.frombuffer(scan.times, dtype=np.int64), scan.jumps) if scan.jumps else []
+    on_time = [s for s in stretches if order[0] <= s.min() <= s.max() <= order[-1]] if scan.goes_back else []
+    ticks, end = 0, int(order[0])
+    for first, last in sorted((int(s.min()), int(s.max())) for s in on_time):
+        ticks += max(0, min(last, end) - first)
+        end = max(end, last)
+    if not told:
+        ticks += sum(int(s.max() - s.min()) for s in stretches if s.min() > order[-1] or s.max() < order[0])
+    return float(ticks * tick) if ticks * tick > CUT_TOLERANCE else 0.0
 
 
 def _missing(container: InputContainer, stream: VideoStream, seconds: Fraction, last_of_any: float) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hourllava.errors import VideoError
 from hourllava.video.clock import clock
-from hourllava.video.plan import GONE, Plan, make_plan
+from hourllava.video.plan import CUT_TOLERANCE, GONE, Plan, make_plan
 from hourllava.video.runs import Run, runs
 
 
@@ -123,14 +123,18 @@ class VideoReader:
 
     def _message(self) -> str | None:
         plan, lost = self._plan, []
-        if plan.seconds_expected > plan.seconds:
-            lost.append(f"the file ends at {clock(plan.seconds)} of {clock(plan.seconds_expected)}")
+        promised = plan.seconds_expected - plan.jumped
+        if promised - plan.seconds > CUT_TOLERANCE:
+            lost.append(f"the file ends at {clock(plan.seconds)} of {clock(promised)}")
+        if plan.jumped:
+            lost.append(f"{plan.jumped:.0f} s have no time of their own, since the clock in the file jumps")
         if self._damaged:
             lost.append(f"{self._damaged} s are damaged and show the last good picture before them")
         if not lost:
             return None
         total = max(1, round(plan.seconds_expected - plan.seconds + self._damaged))
+        todo = "convert it to MP4 (ffmpeg -i IN OUT.mp4)" if plan.jumped else "get an intact copy"
         return (
             f"{self.path}: {total} of {plan.seconds_expected:.0f} seconds are lost, {' and '.join(lost)}; "
-            "get an intact copy to use all of it"
+            f"{todo} to use all of it"
         )
