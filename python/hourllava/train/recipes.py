@@ -180,7 +180,7 @@ class Training:
     memory_parallel: int = 1  # processes that share each video's memory
     lora_rank: int = 0  # 0 trains the decoder itself; else adapters of this rank in its place
     lora_alpha: int = 32
-    workers: int = 4  # processes that load data, for each that trains
+    workers: int = 4  # processes that load data, for each that trains; no more than there are cores
     failure_limit: float = 0.02  # share of the samples that may fail to load; more of them stop the run
     save_steps: int = 100
     keep: int = 1  # checkpoints
