@@ -183,7 +183,7 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="--FIELD VALUE",
         nargs=argparse.REMAINDER,
         help="another value for a field of the recipe, or of a stage of `tiny` (--s2.grounding 0.5); --print shows all "
-        "of it and trains nothing; "
+        "of it and trains nothing, --help says what it means; "
         "-o DIR, --output DIR is where to save (default: build/train/RECIPE)",
     )
     changes.required = False  # or where RECIPE is missing, some releases of Python ask for a change, too

@@ -261,7 +261,7 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
 
         Args:
             max_new_tokens: the longest answer.
-            options: the other fields of `AskOptions`.
+            options: the other fields of `hourllava.model.AskOptions`, such as `history` and `budget`.
 
         Raises:
             QuestionError: the question is empty, or the memory is.
