@@ -339,10 +339,19 @@ def _retrieval_report(args: argparse.Namespace) -> int:
 
 def _convert(args: argparse.Namespace) -> int:
     from hourllava.model import convert_to_original
+    from hourllava.model.checkpoint import read_config
     from hourllava.model.loading import model_folder
+    from hourllava.model.original import untold_fields
 
-    files = convert_to_original(model_folder(args.model), args.output, args.vision_tower)
+    folder = model_folder(args.model)
+    files = convert_to_original(folder, args.output, args.vision_tower)
     print(f"{args.output}: config.json and {', '.join(files)} in the original's layout")
+    untold = untold_fields(read_config(folder))
+    if untold:
+        other = ", ".join(f"{name} {then} (here {now})" for name, (now, then) in untold.items())
+        given = ", ".join(f"{name}={now!r}" for name, (now, _) in untold.items())
+        print(f"The original's code has constants that differ from this model's config: {other}")
+        print(f"To read it again as it is here: from_pretrained({str(args.output)!r}, {given})")
     return EXIT_OK
 
 
