@@ -71,7 +71,7 @@ def tiny() -> Recipe:
 
     The original starts from a pre-trained SigLIP and an image model; a start of the same kind is made here first: the
     tower learns to name what each patch shows, and `base` teaches projector and decoder to talk about single images.
-    Stages 1 to 3 then train the parts that the original trains (SPEC C.1). Beyond the original, stages 2 and 3 reward
+    Stages 1 to 3 then train the parts that the original trains. Beyond the original, stages 2 and 3 reward
     attention on the pages that show the answer, which rendered films know: strongly until MemAug finds the events, as
     all it could say of them before is a guess, then weakly.
     """
@@ -148,7 +148,7 @@ def _events_by_landscape() -> tuple[Stage, ...]:
 
 @dataclass(frozen=True)
 class Training:
-    """One of the paper's stages (SPEC C.1): every field can be changed on the command line."""
+    """One of the paper's stages: every field can be changed on the command line."""
 
     name: str
     model: str = told("what it starts from: a directory, or a repository of the hub")
