@@ -20,7 +20,7 @@ from original_checkpoint import (
 )
 from safetensors.torch import load_file, save_file
 from tiny_model import make_tokenizer
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, configuration_utils
 
 import hourllava
 from hourllava.cli import main
@@ -267,6 +267,15 @@ def test_auto_classes_know_the_originals_name(folder, tensors):
     assert type(AutoConfig.from_pretrained(folder)) is HourLlavaConfig
     model = AutoModelForImageTextToText.from_pretrained(folder)
     assert torch.equal(model.model.image_newline, tensors["model.image_newline"])
+
+
+def test_a_config_of_the_originals_is_read_without_a_warning(folder, monkeypatch):
+    said = []
+    monkeypatch.setattr(configuration_utils.logger, "warning", lambda *words: said.append(words))
+    config = HourLlavaConfig.from_pretrained(folder)
+    assert not said
+    assert type(config) is HourLlavaConfig
+    assert config.to_dict() == HourLlavaConfig.from_original(FLAT).to_dict()
 
 
 def test_the_originals_tokenizer(broken):

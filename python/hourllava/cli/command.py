@@ -156,7 +156,10 @@ def _add_watch(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--name", help="what to call it there (default: the file's name); goes on with one begun earlier"
     )
     watch.add_argument(
-        "--precision", choices=("bfloat16", "int8"), default="bfloat16", help="of the features kept there"
+        "--precision",
+        choices=("bfloat16", "int8"),
+        default="bfloat16",
+        help="of the features kept there (default: bfloat16)",
     )
     watch.add_argument("--pages", action="store_true", help="keep ready pages there, so that it reopens at once")
     _add_model(watch)

@@ -104,6 +104,13 @@ class HourLlavaConfig(PreTrainedConfig):
             config_dict = cls.from_original(config_dict).to_dict()
         return super().from_dict(config_dict, **kwargs)
 
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """transformers' `get_config_dict`, in our layout: it would warn of the original's `model_type`."""
+        told, kwargs = super().get_config_dict(*args, **kwargs)
+        other = is_original(told) and told.get("model_type") != cls.model_type
+        return cls.from_original(told).to_dict() if other else told, kwargs
+
 
 class OriginalConfig(HourLlavaConfig):
     """What AutoConfig finds under the original's `model_type`; reading one gives a `HourLlavaConfig`."""
