@@ -2,6 +2,7 @@
 """Loads the compiled operators, once, and says how they were built."""
 
 import ctypes
+import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -9,13 +10,21 @@ from typing import Any, NoReturn, TypedDict
 
 import torch
 
-LIBRARY = Path(__file__).parent / "_C.abi3.so"
 
-if not LIBRARY.exists():
-    raise ImportError(
-        f"hourllava_ext: {LIBRARY} is missing, the operators have not been compiled; "
-        "run `pip install -e . --no-build-isolation` in the repository"
-    )
+def _find() -> Path:
+    """The library beside this file; in the source folder, which Python searches first, the installed package's."""
+    here, name = Path(__file__).parent, "_C.abi3.so"
+    found = [place / name for place in (here, *(Path(entry) / here.name for entry in sys.path))]
+    library = next((file for file in found if file.exists()), None)
+    if library is None:
+        raise ImportError(
+            f"hourllava_ext: {here / name} is missing, the operators have not been compiled; "
+            "run `pip install -e . --no-build-isolation` in the repository"
+        )
+    return library.absolute()
+
+
+LIBRARY = _find()
 torch.ops.load_library(LIBRARY)
 
 

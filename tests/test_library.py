@@ -53,6 +53,20 @@ def test_missing_binary_says_what_to_do(tmp_path: Path) -> None:
     assert "run `pip install -e . --no-build-isolation`" in last
 
 
+def test_the_source_folder_uses_the_installed_library(tmp_path: Path) -> None:
+    """Python, started there, finds the package's sources before the installed package, which holds the library."""
+    source, installed = (tmp_path / name / "hourllava_ext" for name in ("source", "installed"))
+    for folder in (source, installed):
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").touch()
+        shutil.copy(library.__file__, folder / "library.py")
+    shutil.copy(library.LIBRARY, installed)
+    told = "from hourllava_ext import library; print(library.__file__, library.build_info()['library'], sep='\\n')"
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(1, {str(installed.parent)!r}); {told}"]
+    done = subprocess.run(command, cwd=source.parent, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == [str(source / "library.py"), str(installed / library.LIBRARY.name)], done.stderr
+
+
 @pytest.mark.parametrize(
     ("switch", "release", "told"),
     [

@@ -240,7 +240,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert main(["doctor"]) == 1
     out = capsys.readouterr().out
     assert "MISSING hourllava_ext" in out
-    assert "no      serving           get it: pip install hourllava[serve]" in out
+    assert "no      serving           get it: pip install 'hourllava[serve]'" in out
 
 
 def test_doctor_tells_what_a_gpu_would_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

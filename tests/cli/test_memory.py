@@ -32,6 +32,7 @@ def test_a_repository(clip: str, model: str, tmp_path: Path, capfd: pytest.Captu
     assert [line.split(":")[0] for line in said("memory", "list", str(place)).splitlines()] == ["clip", "small"]
     assert "int8" in said("memory", "info", str(place), "small")
     assert "2 videos are sound" in said("memory", "verify", str(place))
+    assert "1 video is sound" in said("memory", "verify", str(place), "small")
     answers = [
         json.loads(said("ask", str(source), QUESTION, "--json", *options))["answers"][0]["mass"]
         for source in (clip, place / "clip", place / "small")

@@ -8,7 +8,7 @@ from tools import assert_error_rule
 from torch import distributed as dist
 from torch import multiprocessing
 
-from hourllava.errors import InputError, MemoryFileError, VideoError
+from hourllava.errors import HourLlavaError, InputError, MemoryFileError, VideoError
 from hourllava.memory import MemoryPages, Repository, ShardedMemory, sharded_attention
 from hourllava.memory.pages import frame_slots
 from hourllava.memory.sharding import page_mass
@@ -207,6 +207,14 @@ def test_many_processes_are_one(dtype, got):
     mass = sum(found[dtype]["values"][5] for found in got)
     assert_error_rule(mass, plain[5], exact[5], "mass")
     assert mass.sum(1).tolist() == pytest.approx([1, 1], rel=1e-5)
+
+
+def test_without_a_group_it_says_how_to_have_one(tmp_path):
+    writer = FrameWriter(make_model())
+    Repository(tmp_path).add("film", writer).close()
+    for make in (lambda: ShardedMemory(writer), lambda: Repository(tmp_path).open_sharded("film", writer)):
+        with pytest.raises(HourLlavaError, match=r"there is no group .*call torch.distributed.init_process_group"):
+            make()
 
 
 def assert_same_answer(found, expected):

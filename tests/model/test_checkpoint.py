@@ -20,7 +20,7 @@ from original_checkpoint import (
 )
 from safetensors.torch import load_file, save_file
 from tiny_model import make_tokenizer
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, configuration_utils
 
 import hourllava
 from hourllava.cli import main
@@ -242,6 +242,20 @@ def test_a_model_of_ours_goes_to_the_originals_layout(tmp_path):
     assert again.config.vision_config.num_attention_heads == 2
 
 
+def test_what_the_originals_config_cannot_say_is_told(folder, tmp_path, capsys):
+    fields = {"video_grid": 4, "time_instruction": False, "max_kept_frames": 32, "memory_budget": "1/64,32p"}
+    config = hourllava.model.tiny_config(vocab_size=64, **(fields | {"min_frames": 128}))
+    HourLlavaForConditionalGeneration(config).save_pretrained(tmp_path / "ours")
+    assert main(["convert", str(tmp_path / "ours"), "-o", str(tmp_path / "flat")]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[1].endswith("config: max_kept_frames 512 (here 32), memory_budget all (here 1/64,32p)")
+    assert told[2].endswith("flat', max_kept_frames=32, memory_budget='1/64,32p')")
+    again = load(tmp_path / "flat", max_kept_frames=32, memory_budget="1/64,32p").config
+    assert {name: getattr(again, name) for name in fields} == fields
+    assert main(["convert", str(folder), "-o", str(tmp_path / "same")]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1  # what was the original's loses nothing
+
+
 def test_fields_can_be_changed_while_loading(folder):
     model = load(folder, min_frames=4, spatial_forgetting="uniform", dtype=torch.float32)
     assert (model.config.min_frames, model.config.spatial_forgetting) == (4, "uniform")
@@ -253,6 +267,15 @@ def test_auto_classes_know_the_originals_name(folder, tensors):
     assert type(AutoConfig.from_pretrained(folder)) is HourLlavaConfig
     model = AutoModelForImageTextToText.from_pretrained(folder)
     assert torch.equal(model.model.image_newline, tensors["model.image_newline"])
+
+
+def test_a_config_of_the_originals_is_read_without_a_warning(folder, monkeypatch):
+    said = []
+    monkeypatch.setattr(configuration_utils.logger, "warning", lambda *words: said.append(words))
+    config = HourLlavaConfig.from_pretrained(folder)
+    assert not said
+    assert type(config) is HourLlavaConfig
+    assert config.to_dict() == HourLlavaConfig.from_original(FLAT).to_dict()
 
 
 def test_the_originals_tokenizer(broken):

@@ -150,8 +150,12 @@ def test_the_command_shows_the_resolved_recipe(capsys: pytest.CaptureFixture[str
     }
     assert shown == expected
     assert main(["train", "s2-3b", "--help"]) == 0
-    told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  --mo"))
+    lines = capsys.readouterr().out.splitlines()
+    told = dict(line.split(maxsplit=1) for line in lines if line.startswith("  --mo"))
     assert told == {"--model": "jylins/hourllava-qwen25-3b-s1"}
+    fields = lines[3:]  # below each flag stands what it means
+    assert [line.startswith("  --") for line in fields] == [True, False] * (len(asdict(RECIPES["s2-3b"]())) - 1)
+    assert "      how processes share the work; one alone needs none of it (ddp, zero2, zero3, fsdp2)" in fields
     assert main(["train", "tiny", "--print"]) == 0
     assert json.loads(capsys.readouterr().out)["name"] == "tiny"
 

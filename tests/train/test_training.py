@@ -350,6 +350,12 @@ def test_shards_train_and_go_on(base: Path, tmp_path: Path, monkeypatch: pytest.
     assert ours == theirs
 
 
+@pytest.mark.filterwarnings("error:This DataLoader will create")
+def test_a_recipe_for_many_cores_runs_on_few(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
+    train(make_recipe(base, workers=4, max_steps=1), tmp_path, Toy(12), collate)
+
+
 def test_processes_share_shards(base: Path, tmp_path: Path) -> None:
     samples = [Sample(str(n), ((f"Is it {n}?", "Yes."),), (), f"test:{n}") for n in range(7)]
     write_shards(samples, tmp_path, size_limit=600)

@@ -159,7 +159,10 @@ def _add_watch(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--name", help="what to call it there (default: the file's name); goes on with one begun earlier"
     )
     watch.add_argument(
-        "--precision", choices=("bfloat16", "int8"), default="bfloat16", help="of the features kept there"
+        "--precision",
+        choices=("bfloat16", "int8"),
+        default="bfloat16",
+        help="of the features kept there (default: bfloat16)",
     )
     watch.add_argument("--pages", action="store_true", help="keep ready pages there, so that it reopens at once")
     _add_model(watch)
@@ -186,7 +189,7 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="--FIELD VALUE",
         nargs=argparse.REMAINDER,
         help="another value for a field of the recipe, or of a stage of `tiny` (--s2.grounding 0.5); --print shows all "
-        "of it and trains nothing; "
+        "of it and trains nothing, --help says what it means; "
         "-o DIR, --output DIR is where to save (default: build/train/RECIPE)",
     )
     changes.required = False  # or where RECIPE is missing, some releases of Python ask for a change, too
@@ -345,13 +348,23 @@ def _retrieval_report(args: argparse.Namespace) -> int:
 
 def _convert(args: argparse.Namespace) -> int:
     from hourllava.model import convert_decoder, convert_to_original
+    from hourllava.model.checkpoint import read_config
     from hourllava.model.loading import model_folder
+    from hourllava.model.original import untold_fields
 
-    convert, what = (
-        (convert_decoder, "of a Qwen2") if args.decoder else (convert_to_original, "in the original's layout")
-    )
-    files = convert(model_folder(args.model), args.output, args.vision_tower)
-    print(f"{args.output}: config.json and {', '.join(files)} {what}")
+    folder = model_folder(args.model)
+    if args.decoder:
+        files = convert_decoder(folder, args.output, args.vision_tower)
+        print(f"{args.output}: config.json and {', '.join(files)} of a Qwen2")
+        return EXIT_OK
+    files = convert_to_original(folder, args.output, args.vision_tower)
+    print(f"{args.output}: config.json and {', '.join(files)} in the original's layout")
+    untold = untold_fields(read_config(folder))
+    if untold:
+        other = ", ".join(f"{name} {then} (here {now})" for name, (now, then) in untold.items())
+        given = ", ".join(f"{name}={now!r}" for name, (now, _) in untold.items())
+        print(f"The original's code has constants that differ from this model's config: {other}")
+        print(f"To read it again as it is here: from_pretrained({str(args.output)!r}, {given})")
     return EXIT_OK
 
 

@@ -138,8 +138,8 @@ def _optional() -> list[Finding]:
         said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
         release = next((line.strip() for line in said.splitlines() if "release" in line), nvcc)
     wanted = {
-        "nvidia-dali": ("nvidia-dali-cuda130", "pip install hourllava[dali] (decodes video on NVIDIA GPUs)"),
-        "flash-attn": ("flash-attn", "pip install hourllava[flash] (attention of the decoder on NVIDIA GPUs)"),
+        "nvidia-dali": ("nvidia-dali-cuda130", "pip install 'hourllava[dali]' (decodes video on NVIDIA GPUs)"),
+        "flash-attn": ("flash-attn", "pip install 'hourllava[flash]' (attention of the decoder on NVIDIA GPUs)"),
         "triton": ("triton", "comes with torch for CUDA; pip install triton (kernels for other GPUs)"),
     }
     packages = [Finding(name, _version(package), todo, needed=False) for name, (package, todo) in wanted.items()]
@@ -160,7 +160,7 @@ def _extra(name: str, use: str) -> Finding:
     needs = [need.name for need in ours if need.marker and need.marker.evaluate({"extra": name})]
     versions = [_version(package) for package in needs]
     there = ", ".join(f"{package} {version}" for package, version in zip(needs, versions, strict=True))
-    return Finding(use, there if needs and all(versions) else None, f"pip install hourllava[{name}]", needed=False)
+    return Finding(use, there if needs and all(versions) else None, f"pip install 'hourllava[{name}]'", needed=False)
 
 
 def _cuda_device() -> Finding:

@@ -44,7 +44,10 @@ def add_embed(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     )
     embed.add_argument("--model", default="tiny", help="a preset or a model's directory (default: tiny)")
     embed.add_argument(
-        "--precision", choices=("bfloat16", "int8"), default="bfloat16", help="of the features that are kept"
+        "--precision",
+        choices=("bfloat16", "int8"),
+        default="bfloat16",
+        help="of the features that are kept (default: bfloat16)",
     )
     embed.add_argument("--processes", metavar="N", type=int, default=1, help="how many on this machine (default: 1)")
     embed.add_argument("--rank", metavar="R", type=int, default=0, help="this machine's number, from 0")

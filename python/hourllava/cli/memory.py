@@ -118,7 +118,7 @@ def _verify(repository: "Repository", names: list[str]) -> None:
     if problems:
         why = f"it is damaged in {len(problems)} places"
         raise MemoryFileError(repository.folder, why, "run `hourllava memory repair`")
-    print(f"{repository.folder}: {len(names)} videos are sound")
+    print(f"{repository.folder}: {'1 video is' if len(names) == 1 else f'{len(names)} videos are'} sound")
 
 
 def _export(repository: "Repository", name: str, output: Path, model: str) -> None:

@@ -41,7 +41,10 @@ def add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     parser.add_argument("--hours", metavar="H", required=True, help="length of the video")
     parser.add_argument("--model", default="tiny", help="3b, 7b, a preset or a model's directory (default: tiny)")
     parser.add_argument(
-        "--precision", choices=("bfloat16", "int8"), default="bfloat16", help="of the features kept on the disk"
+        "--precision",
+        choices=("bfloat16", "int8"),
+        default="bfloat16",
+        help="of the features kept on the disk (default: bfloat16)",
     )
     parser.add_argument("--budget", metavar="SIZE", help="bytes for pages on the device, as 40GiB: do they fit?")
     parser.add_argument(

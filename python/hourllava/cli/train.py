@@ -3,9 +3,13 @@
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hourllava.cli import command
 from hourllava.errors import RecipeError
+
+if TYPE_CHECKING:
+    from hourllava.train import Recipe, Training
 
 
 def train(name: str, arguments: list[str], output: Path | None = None) -> int:
@@ -20,16 +24,13 @@ def train(name: str, arguments: list[str], output: Path | None = None) -> int:
         HourLlavaError: see `hourllava.train.run`.
     """
     from hourllava.train.engine import run_recipe
-    from hourllava.train.overrides import change, find_recipe, settings, show, shown, split_arguments
+    from hourllava.train.overrides import change, find_recipe, show, split_arguments
     from hourllava.train.processes import leave_processes, process_rank
     from hourllava.train.runs import StoppedError
 
     recipe = find_recipe(name)
     if {"-h", "--help"} & set(arguments):
-        print(f"usage: hourllava train {name} [-o DIR] [--print] [--FIELD VALUE ...]\n\nfields and their values:")
-        fields = settings(recipe)
-        column = max(map(len, fields)) + 2
-        print("\n".join(f"  {field:{column}}{shown(value)}" for field, value in fields.items()))
+        print_fields(recipe)
         return command.EXIT_OK
     changes = split_arguments(["--output" if a == "-o" else a for a in arguments])
     given = changes.pop("--output", None)
@@ -51,3 +52,16 @@ def train(name: str, arguments: list[str], output: Path | None = None) -> int:
     finally:
         leave_processes()
     return command.EXIT_OK
+
+
+def print_fields(recipe: "Recipe | Training") -> None:
+    """Each field with its value and, below it, what it means."""
+    from hourllava.train.overrides import meanings, settings, shown
+
+    print(f"usage: hourllava train {recipe.name} [-o DIR] [--print] [--FIELD VALUE ...]\n\nfields and their values:")
+    fields, told = settings(recipe), meanings(recipe)
+    column = max(map(len, fields)) + 2
+    for field, value in fields.items():
+        print(f"  {field:{column}}{shown(value)}".rstrip())
+        if field in told:
+            print(f"      {told[field]}")

@@ -25,7 +25,7 @@ from .failures import FailureLog
 from .original import check_frames
 from .samples import Media, Sample
 
-VISUAL_WORDS = 128  # what an image or a video adds to a sample's length in words (SPEC C.6)
+VISUAL_WORDS = 128  # what an image or a video adds to a sample's length in words
 _CHUNK = 32  # frames that are decoded at a time
 
 
@@ -61,7 +61,7 @@ class ConversationDataset(Dataset):
         failures: None lets a sample that fails raise.
         tower: fingerprint of the tower that features must be of (`tower_fingerprint` of the model); None takes that of
             the first that is found, so that at least all come from one. Of .pt files only the sizes are known.
-        max_frames: take at most so many frames of a video, spread evenly (SPEC C.4).
+        max_frames: take at most so many frames of a video, spread evenly.
 
     Raises:
         DataError: a sample's features, as the catalogue of their repository has them, are of another tower.

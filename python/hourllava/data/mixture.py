@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixtures: a YAML file that names manifests and says how much of each is taken (SPEC C.2)."""
+"""Mixtures: a YAML file that names manifests and says how much of each is taken."""
 
 import math
 import os

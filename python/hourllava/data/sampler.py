@@ -28,7 +28,7 @@ class GroupedSampler(Sampler[int]):
         world_size, rank: processes that load, and which of them this is.
         seed: of the order.
         streams: of each sample; None is one stream.
-        batching: "random" mixes the streams in a batch; "per_stream" keeps every global batch to one (SPEC C.5).
+        batching: "random" mixes the streams in a batch; "per_stream" keeps every global batch to one.
 
     Raises:
         DataError: a stream has fewer samples than a global batch.

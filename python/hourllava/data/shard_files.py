@@ -209,7 +209,7 @@ class ShardFiles:
         try:
             return fsspec.core.url_to_fs(self.remote)  # kept by fsspec, one for each process
         except (ImportError, ValueError) as error:
-            todo = "install what it needs, for s3:// `pip install hourllava[streaming]`"
+            todo = "install what it needs, for s3:// pip install 'hourllava[streaming]'"
             raise DataError(self.remote, f"fsspec cannot open it ({error})", todo) from error
 
     def _tried(self, read: Any, what: str) -> Any:

@@ -34,7 +34,7 @@ from .segments import (
     unpack_features,
     write_segment,
 )
-from .sharded_memory import ShardedMemory
+from .sharded_memory import ShardedMemory, found_group
 from .storage import reason
 from .video_memory import VideoMemory
 from .writer import MemoryShape, MemoryWriter
@@ -167,9 +167,11 @@ class Repository:
 
         Raises:
             MemoryFileError: there is no such video; it is damaged; or another vision tower made it.
+            HourLlavaError: there is no group.
         """
         video = self.catalogue.video(name)
         self.check_tower(video, writer)
+        found_group(group)
         agreed = torch.tensor(video.frames, device=writer.device)
         dist.all_reduce(agreed, dist.ReduceOp.MIN, group)  # a writer may have come between two ranks
         memory = ShardedMemory(writer, group)

@@ -7,12 +7,27 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from hourllava.errors import HourLlavaError
+
 from .pages import PAGE_SIZE
 from .sharding import Shard, least_loaded
 from .video_memory import MemoryPrefix, VideoMemory
 from .writer import MemoryWriter, check_pictures
 
 RUN = PAGE_SIZE  # neighbouring seconds that stay together: they fill pages of both kinds, those of one process
+
+
+def found_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """The group that shares a memory; None is the default one.
+
+    Raises:
+        HourLlavaError: there is none yet.
+    """
+    found = group or (dist.group.WORLD if dist.is_initialized() else None)
+    if found is None:
+        todo = "start the processes with torchrun, and call torch.distributed.init_process_group() on each"
+        raise HourLlavaError("torch.distributed", "there is no group of processes to share a memory", todo)
+    return found
 
 
 class ShardedMemory:
@@ -24,7 +39,7 @@ class ShardedMemory:
 
     Args:
         writer: the model, the same on every rank.
-        group: the ranks; None is the default group.
+        group: the ranks; None is the default group, which `dist.init_process_group` makes.
         held: frames that this rank holds of other memories, which count as its load.
 
     Attributes:
@@ -35,9 +50,7 @@ class ShardedMemory:
     def __init__(self, writer: MemoryWriter, group: dist.ProcessGroup | None = None, held: int = 0) -> None:
         self._own = VideoMemory(writer.shape, writer.fingerprint(), writer.device)
         self._own.attach(writer)
-        everyone = group or dist.group.WORLD
-        assert everyone is not None, "there is none before dist.init_process_group"
-        self._group, self._rank = everyone, dist.get_rank(group)
+        self._group, self._rank = found_group(group), dist.get_rank(group)
         self._owners: list[int] = []  # of each run
         self._loads: list[int] = [0] * dist.get_world_size(group)
         dist.all_gather_object(self._loads, held, group)

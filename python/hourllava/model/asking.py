@@ -69,15 +69,25 @@ class Answer:
 
 @dataclass(frozen=True)
 class AskOptions:
-    """How a question is asked; the defaults are the paper's model, answered greedily."""
+    """How a question is asked; the defaults are the paper's model, answered greedily.
+
+    Args:
+        max_new_tokens: the longest answer.
+        history: earlier questions about the video and their answers.
+        system: the system message; None is the one that the model was trained with.
+        budget: how much of the memory each block may read, as `1/16`, `60s`, `128p` or `all`; None: as the config says.
+        memaug: False gives the decoder the kept tokens as they are.
+        use_memory: False runs MemAug without its attention to the memory.
+        temporal_forgetting, spatial_forgetting, forgetting_seed: instead of the config's.
+    """
 
     max_new_tokens: int = 16
-    history: Sequence[tuple[str, str]] = ()  # earlier questions about the video and their answers
-    system: str | None = None  # the system message; None: the one that the model was trained with
-    budget: Budget | str | None = None  # how much of the memory each block may read, or "all"; None: as the config says
-    memaug: bool = True  # False: the decoder gets the kept tokens as they are
-    use_memory: bool = True  # False: MemAug runs without its attention to the memory
-    temporal_forgetting: str | None = None  # instead of the config's rules and seed
+    history: Sequence[tuple[str, str]] = ()
+    system: str | None = None
+    budget: Budget | str | None = None
+    memaug: bool = True
+    use_memory: bool = True
+    temporal_forgetting: str | None = None
     spatial_forgetting: str | None = None
     forgetting_seed: int | None = None
 

@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig, Qwen2Config, SiglipVisionConfig
 
 from .original import fields_of_original, is_original
 
-# What the original puts into `input_ids` where visual tokens go (SPEC A.3).
+# What the original puts into `input_ids` where visual tokens go.
 ORIGINAL_IMAGE_TOKEN = -200
 FORGETTING_RULES = {
     "temporal_forgetting": ("uniform", "random", "keyframe", "question"),
@@ -34,7 +34,7 @@ class HourLlavaConfig(PreTrainedConfig):
         image_grid: an image is seen in at most image_grid x image_grid tiles.
         image_max_tiles: the tokens of more tiles than this are scaled down to about so many.
         image_token_id: id of the token that the visual tokens replace; the original's -200 is always understood too.
-        time_instruction: whether prompts tell the video's length (SPEC C.7).
+        time_instruction: whether prompts tell the video's length.
         memory_budget: how much of a memory `ask` reads where the call does not say: `all`, or what
             `hourllava retrieval-report` finds to be enough, as `128p`, `60s`, `1/16` or `1/16,32p`.
         head_is_stored: the checkpoint that this came from holds the tied head a second time.
@@ -90,7 +90,7 @@ class HourLlavaConfig(PreTrainedConfig):
 
     @classmethod
     def from_original(cls, flat: dict[str, Any]) -> "HourLlavaConfig":
-        """Convert the original's flat config.json (SPEC A.7), which keeps the decoder's fields at the top level.
+        """Convert the original's flat config.json, which keeps the decoder's fields at the top level.
 
         Raises:
             ModelError: a size of the decoder is missing.
@@ -103,6 +103,13 @@ class HourLlavaConfig(PreTrainedConfig):
         if is_original(config_dict):
             config_dict = cls.from_original(config_dict).to_dict()
         return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """transformers' `get_config_dict`, in our layout: it would warn of the original's `model_type`."""
+        told, kwargs = super().get_config_dict(*args, **kwargs)
+        other = is_original(told) and told.get("model_type") != cls.model_type
+        return cls.from_original(told).to_dict() if other else told, kwargs
 
 
 class OriginalConfig(HourLlavaConfig):

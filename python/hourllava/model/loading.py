@@ -31,7 +31,7 @@ def load_model(
         name: a preset's name, or a directory that holds config.json, the weights and the tokenizer, as
             `save_pretrained` or the original wrote them.
         vision_tower: a directory with the tower's own repository, for checkpoints that hold no tower.
-        device: where it runs; `best_device()` is a GPU if there is one.
+        device: where it runs; `hourllava.model.best_device()` is a GPU if there is one.
         decoder: False lets go of the decoder's layers and head before the rest goes to the device: it watches and
             prepares questions, and another program, such as vLLM, writes the answers.
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hour-LLaVA as a transformers model: tokens of videos and images become pages of memory, a few become queries, MemAug
-lets those read the memory, and the decoder reads the augmented queries in place of the pictures (SPEC A.3 to A.7)."""
+lets those read the memory, and the decoder reads the augmented queries in place of the pictures."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -262,7 +262,7 @@ class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
 
         Args:
             max_new_tokens: the longest answer.
-            options: the other fields of `AskOptions`.
+            options: the other fields of `hourllava.model.AskOptions`, such as `history` and `budget`.
 
         Raises:
             QuestionError: the question is empty, or the memory is.

@@ -35,6 +35,18 @@ _DECODER_FIELDS = (
     "eos_token_id",
     "pad_token_id",
 )
+# What the original's code has as constants.
+_CONSTANTS = (
+    "min_frames",
+    "max_kept_frames",
+    "temporal_ratio",
+    "spatial_ratio",
+    "temporal_forgetting",
+    "forgetting_seed",
+    "image_grid",
+    "image_max_tiles",
+    "memory_budget",
+)
 # What the original's own code looks up in its config besides the sizes.
 _FIXED = {
     "architectures": ["HourLlavaQwenForCausalLM"],
@@ -112,11 +124,20 @@ def original_of_config(config: "HourLlavaConfig") -> dict[str, Any]:
     return flat
 
 
+def untold_fields(config: "HourLlavaConfig") -> dict[str, tuple[Any, Any]]:
+    """What is lost on the way: fields that the original's config.json cannot say, with what they are and become."""
+    back = type(config).from_original(original_of_config(config))
+    values = {name: (getattr(config, name), getattr(back, name)) for name in _CONSTANTS}
+    return {name: (now, then) for name, (now, then) in values.items() if now != then}
+
+
 def _flat_fields(config: "HourLlavaConfig") -> dict[str, Any]:
     decoder = config.text_config
     return {name: getattr(decoder, name) for name in _DECODER_FIELDS} | {
         "rope_theta": decoder.rope_parameters["rope_theta"],
         "memaug_depth": config.memaug_depth,
+        "video_grid": config.video_grid,
+        "add_time_instruction": config.time_instruction,
         "mm_hidden_size": config.vision_width,
         "spatial_sampling_type": config.spatial_forgetting,
         "torch_dtype": None if config.dtype is None else str(config.dtype).removeprefix("torch."),

@@ -63,7 +63,7 @@ class HourLlavaProcessor(ProcessorMixin):
         tile_size: side of the square pictures that the model sees, in pixels.
         patch_size: side of the tower's patches.
         image_grid, image_max_tiles: as in `HourLlavaConfig`.
-        time_instruction: tell a video's length in front of the question (SPEC C.7).
+        time_instruction: tell a video's length in front of the question.
     """
 
     def __init__(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Subtitles (SRT, WebVTT) that join a question, as the benchmarks with subtitles put them there (SPEC D.5)."""
+"""Subtitles (SRT, WebVTT) that join a question, as the benchmarks with subtitles put them there."""
 
 import os
 import re

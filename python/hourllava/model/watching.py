@@ -177,6 +177,7 @@ def watch_sharded(
     Raises:
         VideoError: the video cannot be read at all, or is a stream.
         ModelError: the model has no vision tower.
+        HourLlavaError: there is no group.
     """
     if isinstance(source, LiveReader):
         todo = "let one process follow it with --into, and ask the repository"

@@ -24,7 +24,7 @@ class FrameMemory(nn.Module):
 
 
 class Forgetting(nn.Module):
-    """The paper's forgetting: some tokens of some frames stay queries (SPEC A.3.1). It has no parameters.
+    """The paper's forgetting: some tokens of some frames stay queries. It has no parameters.
 
     Args:
         temporal_ratio, max_frames: of T frames, max(1, min(max_frames, T // temporal_ratio)) are kept.

@@ -15,7 +15,7 @@ _SIZES = ("hidden_size", "num_attention_heads", "num_key_value_heads")
 
 
 class MemAug(memaug.MemAug):
-    """MemAug for one sample, as the original's model calls it (SPEC A.5).
+    """MemAug for one sample, as the original's model calls it.
 
     Args:
         config: anything with `hidden_size`, `num_attention_heads`, `num_key_value_heads`, `memaug_depth`, and

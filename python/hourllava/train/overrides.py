@@ -74,6 +74,15 @@ def settings(recipe: Recipe | Training) -> dict[str, Any]:
     return {name: getattr(owner, field.name) for name, (owner, field) in _known(recipe).items()}
 
 
+def meanings(recipe: Recipe | Training) -> dict[str, str]:
+    """What fields mean, by the flag; of a field that every stage has, by that of the first."""
+    firsts: dict[str, tuple[str, Field]] = {}
+    for name, (_, field) in _known(recipe).items():
+        firsts.setdefault(field.name, (name, field))
+    choices = {field: f" ({', '.join(CHOICES[field])})" if field in CHOICES else "" for field in firsts}
+    return {name: field.metadata["meaning"] + choices[field.name] for name, field in firsts.values()}
+
+
 def _known(recipe: Recipe | Training) -> dict[str, tuple[Recipe | Training | Stage, Field]]:
     owners: list[tuple[str, Recipe | Training | Stage]] = [("", recipe)]
     if isinstance(recipe, Recipe):

@@ -2,7 +2,8 @@
 """Recipes are functions: each returns everything that a training run depends on."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, field, replace
+from typing import Any
 
 from hourllava.data.film import FILM_SIZE
 from hourllava.errors import RecipeError
@@ -13,6 +14,11 @@ PARTS = {
     "vision_resampler": "model.vision_resampler.",
     "language_model": "",  # whatever no other part holds: decoder, embeddings and the newline token
 }
+
+
+def told(meaning: str, default: Any = MISSING) -> Any:
+    """A field with what `hourllava train RECIPE --help` says of it."""
+    return field(default=default, metadata={"meaning": meaning})
 
 
 @dataclass(frozen=True)
@@ -29,15 +35,15 @@ class Stage:
     """Lessons in order under one learning-rate schedule: linear warm-up, then cosine to a twentieth."""
 
     name: str
-    trains: tuple[str, ...]  # names of PARTS
-    lessons: tuple[Lesson, ...]
-    learning_rate: float = 1e-3
-    warmup_steps: int = 50
-    memaug: bool = True  # False: the kept tokens go straight to the decoder
-    grounding: float = 0.0  # weight of the reward for attention on the pages that show the answer
-    event_weight: int = 1  # how much likelier than another topic it is to be asked what happened in a landscape
-    film_size: int = 64  # side at which films are drawn; a file's is FILM_SIZE, resized for the tower
-    tower_rate: float = 0.05  # the tower's learning rate beside the others', 5e-6 to 1e-4 in the original's stage 2
+    trains: tuple[str, ...] = told("parts that learn, by commas")  # names of PARTS
+    lessons: tuple[Lesson, ...] = told("SECONDSxSTEPSxBATCH of films, by commas; of one second: images")
+    learning_rate: float = told("largest rate, after the warm-up", 1e-3)
+    warmup_steps: int = told("steps in which the rate rises", 50)
+    memaug: bool = told("false: the kept tokens go straight to the decoder", True)
+    grounding: float = told("weight of the reward for attention on the pages that show the answer", 0.0)
+    event_weight: int = told("how much likelier than another topic it is to be asked what happened in a landscape", 1)
+    film_size: int = told("side at which films are drawn; a file's is 128, resized for the tower", 64)
+    tower_rate: float = told("the tower's rate beside the others', 5e-6 to 1e-4 in the original's stage 2", 0.05)
 
     @property
     def steps(self) -> int:
@@ -50,10 +56,10 @@ class Recipe:
 
     name: str
     stages: tuple[Stage, ...]
-    tower_steps: int
-    seed: int = 0
-    save_steps: int = 25
-    report_to: str = "tensorboard"  # and "wandb", by commas; "none"
+    tower_steps: int = told("steps of the tower's own training, before the first stage")
+    seed: int = told("of weights, films and questions", 0)
+    save_steps: int = told("steps from one checkpoint to the next", 25)
+    report_to: str = told("where losses go, by commas", "tensorboard")
 
     def until(self, count: int) -> "Recipe":
         """What the model after so many stages depends on; after none, its tower is trained."""
@@ -65,7 +71,7 @@ def tiny() -> Recipe:
 
     The original starts from a pre-trained SigLIP and an image model; a start of the same kind is made here first: the
     tower learns to name what each patch shows, and `base` teaches projector and decoder to talk about single images.
-    Stages 1 to 3 then train the parts that the original trains (SPEC C.1). Beyond the original, stages 2 and 3 reward
+    Stages 1 to 3 then train the parts that the original trains. Beyond the original, stages 2 and 3 reward
     attention on the pages that show the answer, which rendered films know: strongly until MemAug finds the events, as
     all it could say of them before is a guess, then weakly.
     """
@@ -142,50 +148,50 @@ def _events_by_landscape() -> tuple[Stage, ...]:
 
 @dataclass(frozen=True)
 class Training:
-    """One of the paper's stages (SPEC C.1): every field can be changed on the command line."""
+    """One of the paper's stages: every field can be changed on the command line."""
 
     name: str
-    model: str  # what it starts from: a directory, or a repository of the hub
-    trains: tuple[str, ...]  # names of PARTS
-    data: str = ""  # a manifest, a YAML that mixes some, or shards: their folder or address
-    shard_cache: float = 0.0  # GiB that are kept of shards from elsewhere; 0 keeps all
-    learning_rate: float = 2e-5  # of the decoder, the embeddings and the newline token
-    tower_rate: float = 5e-6
-    projector_rate: float = 1e-4
-    resampler_rate: float = 1e-4
-    batch_size: int = 128  # samples of an optimizer step, over all processes
-    batch_per_device: int = 1  # of them, those that a process takes at a time; the rest are accumulated
-    batching: str = "random"  # "per_stream": every batch over all processes comes from one stream of the data
-    group_by_modality: bool = True  # batches hold one modality; lengths are grouped either way, shards neither
-    epochs: float = 1.0
-    max_steps: int = 0  # optimizer steps, whatever the epochs; 0: as many as the epochs have
-    warmup_ratio: float = 0.03
-    schedule: str = "cosine"
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    clip: float = 1.0  # largest norm of the gradients
-    max_length: int = 32768  # tokens that the decoder reads
-    bf16: bool = True
-    gradient_checkpointing: bool = True
-    spatial_forgetting: str = "random"
-    memaug_depth: int = 4
-    image_grid: int = 6  # images are seen in at most so many tiles to a side,
-    image_max_tiles: int = 9  # and the tokens of more tiles than this are scaled down
-    min_frames: int = 128
-    max_frames: int = 0  # of a video; 0 takes one for every second
-    time_instruction: bool = True
-    parallel: str = "zero2"  # how processes share the work: "ddp", "zero2", "zero3" or "fsdp2"
-    memory_parallel: int = 1  # processes that share each video's memory
-    lora_rank: int = 0  # 0 trains the decoder itself; else adapters of this rank in its place
-    lora_alpha: int = 32
-    workers: int = 4  # processes that load data, for each that trains
-    failure_limit: float = 0.02  # share of the samples that may fail to load; more of them stop the run
-    save_steps: int = 100
-    keep: int = 1  # checkpoints
-    report_to: str = "tensorboard"  # and "wandb", by commas; "none"
-    seed: int = 42
+    model: str = told("what it starts from: a directory, or a repository of the hub")
+    trains: tuple[str, ...] = told("parts that learn, by commas")  # names of PARTS
+    data: str = told("a manifest, a YAML that mixes some, or shards: their folder or address", "")
+    shard_cache: float = told("GiB that are kept of shards from elsewhere; 0 keeps all", 0.0)
+    learning_rate: float = told("of the decoder, the embeddings and the newline token", 2e-5)
+    tower_rate: float = told("learning rate of the vision tower", 5e-6)
+    projector_rate: float = told("learning rate of the projector", 1e-4)
+    resampler_rate: float = told("learning rate of MemAug", 1e-4)
+    batch_size: int = told("samples of an optimizer step, over all processes", 128)
+    batch_per_device: int = told("of them, those that a process takes at a time; the rest are accumulated", 1)
+    batching: str = told("per_stream: every batch over all processes comes from one stream of the data", "random")
+    group_by_modality: bool = told("batches hold one modality; lengths are grouped either way, shards neither", True)
+    epochs: float = told("how often all data are seen", 1.0)
+    max_steps: int = told("optimizer steps, whatever the epochs; 0: as many as the epochs have", 0)
+    warmup_ratio: float = told("share of the steps in which the rates rise", 0.03)
+    schedule: str = told("how the rates fall after that", "cosine")
+    weight_decay: float = told("of matrices; biases and norms have none", 0.0)
+    adam_beta1: float = told("AdamW's memory of gradients", 0.9)
+    adam_beta2: float = told("AdamW's memory of their squares", 0.999)
+    adam_epsilon: float = told("what AdamW adds to their root", 1e-8)
+    clip: float = told("largest norm of the gradients", 1.0)
+    max_length: int = told("tokens that the decoder reads", 32768)
+    bf16: bool = told("compute in bfloat16", True)
+    gradient_checkpointing: bool = told("compute activations again in the backward, which saves memory", True)
+    spatial_forgetting: str = told("which tokens of a kept frame become queries", "random")
+    memaug_depth: int = told("MemAug's blocks, where the model has none yet", 4)
+    image_grid: int = told("images are seen in at most so many tiles to a side", 6)
+    image_max_tiles: int = told("the tokens of an image in more tiles than this are scaled down to about so many", 9)
+    min_frames: int = told("shorter videos are remembered as so many frames, with repeats", 128)
+    max_frames: int = told("frames of a video at most; 0 takes one for every second", 0)
+    time_instruction: bool = told("tell a video's length in front of its question", True)
+    parallel: str = told("how processes share the work; one alone needs none of it", "zero2")
+    memory_parallel: int = told("processes that share each video's memory", 1)
+    lora_rank: int = told("0 trains the decoder itself; else adapters of this rank in its place", 0)
+    lora_alpha: int = told("adapters count lora_alpha / lora_rank times", 32)
+    workers: int = told("processes that load data, for each that trains; no more than there are cores", 4)
+    failure_limit: float = told("share of the samples that may fail to load; more of them stop the run", 0.02)
+    save_steps: int = told("steps from one checkpoint to the next", 100)
+    keep: int = told("checkpoints that stay, the newest", 1)
+    report_to: str = told("where losses go, by commas", "tensorboard")
+    seed: int = told("of the order of samples, of forgetting and of new weights", 42)
 
     def accumulation(self, processes: int) -> int:
         """Batches that each of so many processes adds up before an optimizer step.

@@ -2,6 +2,7 @@
 """transformers' Trainer for this model: rates by part, any modality on any process, whole checkpoints."""
 
 import math
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -79,6 +80,11 @@ def _collate(collate: Callable[[Sequence[Any]], dict[str, Any]], items: Sequence
     return {"error": errors[0]} if errors else collate(items)
 
 
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Epochs(TrainerCallback):
     """Tells the sampler which epoch begins."""
 
@@ -142,7 +148,7 @@ class VideoTrainer(Trainer):
             _Told(data),
             batch_sampler=BatchSampler(sampler, recipe.batch_per_device, drop_last=True),
             collate_fn=partial(_collate, self.data_collator),  # type: ignore[arg-type]
-            num_workers=recipe.workers,
+            num_workers=min(recipe.workers, _cores()),  # torch warns of more; their number changes no batch
             pin_memory=self.args.device.type == "cuda",
         )
 
