@@ -89,8 +89,8 @@ def paged(network: MemAug, queries: Tensor, memory: Tensor, stream: QueryStream,
 
 
 def as_the_original(network: MemAug, queries: Tensor, memory: Tensor, stream: QueryStream, case: Case) -> Tensor:
-    """SPEC A.5 with B.3's costs: K and V of the whole memory for every block, K rotated into a copy, angles built for
-    every call, attention run a second time in the backward pass.
+    """The original's block with its costs: K and V of the whole memory for every block, K rotated into a copy, angles
+    built for every call, attention run a second time in the backward pass.
     """
     inv_freq = rotary_frequencies(network.config, memory.device)
     positions = video_layout(case.seconds, PER_FRAME, memory.device).position_ids

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MemAug in plain torch, as SPEC A.5 tells it: what its kernels are held against, on every device."""
+"""MemAug in plain torch, as the original computes it: what its kernels are held against, on every device."""
 
 import torch
 
@@ -22,7 +22,7 @@ def make_case(lengths=(7, 4), frames=(5, 3), dtype=torch.float32):
 
 
 def by_the_book(memaug, queries, stream, tokens, layout):
-    """The block of SPEC A.5 in plain torch, one sample and one head at a time."""
+    """The original's block in plain torch, one sample and one head at a time."""
     config = memaug.config
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     width = config.hidden_size // heads

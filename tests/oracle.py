@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model written out a second time: one sample, one head and one segment at a time, from SPEC A.3 to A.6 alone.
+"""The model written out a second time, from what is known of the original: one sample, head and segment at a time.
 
 Shares nothing with the library but the weights and the decoder, which is stock transformers.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints as the original wrote them: every name of SPEC A.7 at full depth, narrow, of random bits."""
+"""Checkpoints as the original wrote them: every name of theirs at full depth, narrow, of random bits."""
 
 import json
 from pathlib import Path

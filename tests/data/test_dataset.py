@@ -142,7 +142,7 @@ def test_features_of_a_repository(model, tmp_path, precision, dtype):
 
 @pytest.mark.parametrize("shape", [(8, 8), (64,)])
 def test_features_of_the_original(model, tmp_path, shape):
-    """A short video's frames were repeated to 128; as many are taken as it lasts seconds (SPEC C.3)."""
+    """A short video's frames were repeated to 128; as many are taken as it lasts seconds."""
     features = torch.randn(128, *shape, model.config.vision_width)
     torch.save({"vid_feat": features, "duration": 50.37}, tmp_path / "film.pt")
     entry = talk("<image>\nWhen?", "Now.", features="film.pt")

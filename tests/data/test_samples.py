@@ -74,7 +74,7 @@ def test_lists_and_lines_are_told_apart_by_what_they_hold(tmp_path, name):
     ],
 )
 def test_the_only_mark_stands_in_front(tmp_path, given, kept):
-    """SPEC C.5, C.7: it is moved to the start of its question, and put there if it is missing."""
+    """As the original does: it is moved to the start of its question, and put there if it is missing."""
     assert load(tmp_path, talk(given, "A cup.", image="a.png"))[0].turns[0][0] == kept
 
 

@@ -107,7 +107,7 @@ def test_full_disk(tmp_path):
 
 
 def test_the_original_s_three_kinds(tmp_path):
-    """SPEC C.5: an image, several images, or the path of a video; a 1 x 1 image stands for none."""
+    """The original's rows: an image, several images, or the path of a video; a 1 x 1 image stands for none."""
     turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
     many = [{"from": "human", "value": "<image><image> Same?"}, {"from": "gpt", "value": "No."}]
 

@@ -91,7 +91,7 @@ def test_no_tokenizer(tmp_path):
         load_tokenizer(tmp_path)
 
 
-# Ids of Qwen's vocabulary that the original's prompts start with (SPEC C.7); the last four stand for any words.
+# Ids of Qwen's vocabulary that the original's prompts start with; the last four stand for any words.
 QWEN = {
     "<|im_start|>": 151644, "system": 8948, "Ċ": 198, "You": 2610, "Ġare": 525, "Ġa": 264, "Ġhelpful": 10950,
     "Ġassistant": 17847, ".": 13, "<|im_end|>": 151645, "user": 872, "<image>": 151646,

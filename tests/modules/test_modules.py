@@ -20,7 +20,7 @@ PIECES = re.findall(r"```python\n(.*?)```", (Path(hourllava.modules.__file__).pa
 
 
 def rotate(x, ids):
-    """Half of each head of x (rows, heads, D), as halves (SPEC A.5)."""
+    """Half of each head of x (rows, heads, D), as halves."""
     rotated = x.shape[-1] // 2
     frequency = CONFIG.rope_theta ** (-torch.arange(0, rotated, 2).float() / rotated)
     angle = torch.outer(ids.float(), frequency)[:, None]
@@ -35,7 +35,7 @@ def attend(query, key, value):
 
 
 class Resampler(nn.Module):
-    """MemAug as SPEC A.5 tells it, from plain torch; holds the weights of a `MemAug`."""
+    """MemAug as the original computes it, in plain torch; holds the weights of a `MemAug`."""
 
     def __init__(self):
         super().__init__()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's recipes value by value (SPEC C.1), and what the command line can change in them."""
+"""The paper's recipes value by value, and what the command line can change in them."""
 
 import json
 from dataclasses import asdict, replace

@@ -88,7 +88,7 @@ def test_a_folder_of_another_recipe(base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "tiny"])
 def test_the_trainer_is_told_the_papers_values(name: str, tmp_path: Path) -> None:
-    """SPEC C.1 and C.8, as they arrive where they act."""
+    """The paper's values, as they arrive where they act."""
     recipe = RECIPES[name]()
     assert isinstance(recipe, Training)
     args = training_arguments(recipe, tmp_path, recipe.accumulation(64))

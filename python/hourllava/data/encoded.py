@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Features of videos that were encoded before: memories of a repository, and the original's .pt files (SPEC C.3)."""
+"""Features of videos that were encoded before: memories of a repository, and the original's .pt files."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path

@@ -9,7 +9,7 @@ from typing import Any
 
 from hourllava.errors import DataError
 
-PAIRS = 5  # questions about the same video in one conversation, where a manifest has them in rows (SPEC C.7)
+PAIRS = 5  # questions about the same video in one conversation, where a manifest has them in rows
 _COLUMNS = ("id", "video", "question", "answer", "data_source")
 _NEEDED = ("video", "question", "answer")
 

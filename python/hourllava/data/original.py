@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The original's feature files, a `.pt` each, read without running anything that they might hold (SPEC C.3)."""
+"""The original's feature files, a `.pt` each, read without running anything that they might hold."""
 
 import math
 import os

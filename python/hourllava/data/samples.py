@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations about images and videos, read from LLaVA-style JSON and from VideoMarathon's rows (SPEC C.7, D.1)."""
+"""Conversations about images and videos, read from LLaVA-style JSON and from VideoMarathon's rows."""
 
 import os
 from dataclasses import dataclass
@@ -167,7 +167,7 @@ def _media(value: dict[str, Any], places: Places, what: str) -> list[Media]:
 
 
 def _video(name: str, folder: Any, places: Places) -> Media:
-    """A video, `data_source`/`video` below the root (SPEC C.5), or the features that were made of it."""
+    """A video, `data_source`/`video` below the root, or the features that were made of it."""
     if isinstance(folder, str) and folder and not name.startswith(f"{folder}/"):
         name = os.path.join(folder, name)
     held = memory_name(name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sample as a row of a shard, ours and the original's three kinds (SPEC C.5), with or without what it shows."""
+"""A sample as a row of a shard, ours and the original's three kinds, with or without what it shows."""
 
 import io
 import json

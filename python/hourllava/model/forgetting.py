@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which frames and which of their tokens become queries: the paper's forgetting (SPEC A.3.1, steps 3, 5 and 6)."""
+"""Which frames and which of their tokens become queries: the forgetting of arXiv 2506.05332."""
 
 import math
 from dataclasses import dataclass
@@ -84,7 +84,7 @@ def kept_frames(
 
 
 def rank_frames(forgetting: Forgetting, features: Tensor | None, tokens: Tensor, question: Tensor) -> Tensor | None:
-    """What `kept_frames` goes by, float32 (T,), lowest first; None for rules that look at no picture (SPEC E.2).
+    """What `kept_frames` goes by, float32 (T,), lowest first; None for rules that look at no picture.
 
     Args:
         features: (T, N, Cv) the tower's, pooled as the memory holds them. "keyframe" keeps frames whose mean feature

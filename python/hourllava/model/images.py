@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Single images in tiles: the grid that fits an image best, and the grid of tokens without its padding (SPEC A.3.2)."""
+"""Single images in tiles: the grid that fits an image best, and the grid of tokens without its padding."""
 
 import math
 

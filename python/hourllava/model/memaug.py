@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MemAug: a video's kept tokens and the question's text look at each other, then at the whole memory (SPEC A.5)."""
+"""MemAug: a video's kept tokens and the question's text look at each other, then at the whole memory (arXiv
+2506.05332)."""
 
 from dataclasses import dataclass, replace
 from typing import cast

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The original's config.json: flat, the decoder's fields at the top level, under any `model_type` (SPEC A.7, C.1)."""
+"""The original's config.json: flat, the decoder's fields at the top level, under any `model_type`."""
 
 import math
 from collections.abc import Mapping

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ChatML prompts and training examples about one video, and which of their tokens are queries or targets (SPEC C.7)."""
+"""ChatML prompts and training examples about one video, and which of their tokens are queries or targets."""
 
 import os
 from collections.abc import Sequence

@@ -76,7 +76,7 @@ def repeat_frames(config: HourLlavaConfig, tokens: Tensor) -> Tensor:
 
 
 def keep_of_video(config: HourLlavaConfig, tokens: Tensor, newline: Tensor, choice: Choice) -> Kept:
-    """Forget all but some tokens of some frames of a video (SPEC A.3.1).
+    """Forget all but some tokens of some frames of a video.
 
     Args:
         tokens: (T, N, C) of every frame of the memory.
@@ -107,7 +107,7 @@ def remember_video(config: HourLlavaConfig, tokens: Tensor, newline: Tensor, cho
 
 
 def remember_images(config: HourLlavaConfig, tokens: Tensor, newline: Tensor, choices: list[Choice]) -> Remembered:
-    """The memory of images of one tile each, (n, N, C) in reading order (SPEC A.3.3 and A.3.4).
+    """The memory of images of one tile each, (n, N, C) in reading order.
 
     Every image is followed by a newline, and all newlines share the id behind the last image's.
     """
@@ -132,7 +132,7 @@ def remember_images(config: HourLlavaConfig, tokens: Tensor, newline: Tensor, ch
 def remember_tiles(
     config: HourLlavaConfig, tokens: Tensor, newline: Tensor, choice: Choice, size: tuple[int, int]
 ) -> Remembered:
-    """The memory of one image in tiles, the base first (SPEC A.3.2).
+    """The memory of one image in tiles, the base first.
 
     Args:
         tokens: (1 + rows * columns, N, C).

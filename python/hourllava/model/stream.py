@@ -57,7 +57,7 @@ def interleave(is_image: Tensor, keep: Tensor, visual_lengths: list[int]) -> Int
 def query_stream(
     is_image: Tensor, keep: Tensor, kept_positions: Tensor, visual_lengths: list[int], spans: list[int]
 ) -> tuple[Interleaved, QueryStream]:
-    """MemAug's query stream of a batch (SPEC A.4): kept text, with the kept visual tokens at their marks.
+    """MemAug's query stream of a batch: kept text, with the kept visual tokens at their marks.
 
     Args:
         is_image: (B, L) bool, the marks; a sample without any has no stream.

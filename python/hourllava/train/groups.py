@@ -11,7 +11,7 @@ from hourllava.train.recipes import PARTS, Training
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _ADAPTER = ".lora_"
-_UNUSED = ".post_layernorm."  # of the tower: in every checkpoint, and never run (SPEC A.2)
+_UNUSED = ".post_layernorm."  # of the tower: in every checkpoint, and never run
 
 
 def part_of(name: str) -> str:

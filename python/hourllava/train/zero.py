@@ -29,7 +29,7 @@ def uses_zero(recipe: Training) -> bool:
 
 
 def deepspeed_config(recipe: Training) -> dict[str, Any] | None:
-    """The paper's ZeRO-2 (SPEC C.8), or ZeRO-3; None for other ways to share. Trainer fills in what is "auto"."""
+    """The paper's ZeRO-2, or ZeRO-3; None for other ways to share. Trainer fills in what is "auto"."""
     if not uses_zero(recipe):
         return None
     zero: dict[str, Any] = {"stage": 2, "overlap_comm": False, "contiguous_gradients": True}
