@@ -70,3 +70,17 @@ def test_a_model_without_its_decoder_prepares_what_it_would(folder, tmp_path):
     for use in (lambda: part.ask(same, question), lambda: part.save_pretrained(tmp_path / "part")):
         with pytest.raises(ModelError, match="loaded without its decoder; load it with decoder=True"):
             use()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_leaves_the_decoder_s_angles(folder, dtype):
+    """Frequencies of 16 bits are off by many turns after some thousand tokens."""
+    loaded = HourLlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
+    cast = load_model(folder).to(dtype)
+    assert cast.dtype == dtype
+    ids = torch.arange(4, 200)[None].repeat(1, 15)
+    with torch.no_grad():
+        assert torch.equal(cast(ids).logits, loaded(ids).logits)
+    again = cast.float().model.rotary_emb.inv_freq
+    assert torch.equal(again, load_model(folder).model.rotary_emb.inv_freq)
+    assert cast.to("meta").model.rotary_emb.inv_freq.device.type == "meta"

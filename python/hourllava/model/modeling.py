@@ -4,15 +4,14 @@ lets those read the memory, and the decoder reads the augmented queries in place
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedTokenizerBase, Qwen2Model, Qwen2PreTrainedModel
+from transformers import GenerationMixin, PreTrainedTokenizerBase, Qwen2PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-import hourllava_ext as ext
 from hourllava.errors import InputError, ModelError
 from hourllava.memory import VideoMemory
 from hourllava.memory.pages import join_layouts
@@ -32,56 +31,13 @@ from .inputs import (
     pop_visual_options,
     read_visuals,
 )
-from .memaug import MemAug, MemoryUse
+from .memaug import MemoryUse
+from .network import HourLlavaModel
 from .processing import HourLlavaProcessor
 from .prompt import has_tokenizer, load_tokenizer
 from .remembering import Choice, Remembered, remember
 from .sharing import Share
 from .stream import Interleaved, interleave, left_padding, pad_rows, query_stream
-from .vision import VisionTower, count_passes
-
-
-class HourLlavaModel(Qwen2Model):
-    """The decoder's stack with the tower, projector, newline and MemAug beside it, under the original's names."""
-
-    def __init__(self, config: HourLlavaConfig) -> None:
-        super().__init__(config.text_config)
-        width = config.text_config.hidden_size
-        self.image_newline = nn.Parameter(torch.randn(width) * width**-0.5)
-        self.mm_projector = nn.Sequential(nn.Linear(config.vision_width, width), nn.GELU(), nn.Linear(width, width))
-        self.vision_resampler = MemAug(config.text_config, config.memaug_depth)
-        self.vision_tower = None if config.vision_config is None else VisionTower(config.vision_config)
-        self.post_init()
-
-    def project(self, visuals: list[Visual], video_grid: int, passes: int = 0) -> list[tuple[Tensor, Tensor]]:
-        """Features (n, N, Cv) of each, pooled if they are a video's, and the tokens (n, N, C) projected from them; the
-        tower runs at least `passes` times.
-
-        Raises:
-            ModelError: there are pixels, but no tower.
-        """
-        features = [visual.content for visual in visuals]
-        for modality, grid in (("video", video_grid), ("image", None)):
-            chosen = [index for index, visual in enumerate(visuals) if visual.modality == modality]
-            pixels = [index for index in chosen if features[index].dim() == 4]
-            if pixels and self.vision_tower is None:
-                raise ModelError("model", "it was built without a vision tower", "give vision_features instead")
-            if pixels:
-                encoded = cast(VisionTower, self.vision_tower).encode([features[index] for index in pixels], grid)
-                for index, feature in zip(pixels, encoded, strict=True):
-                    features[index] = feature
-            for index in chosen:
-                features[index] = features[index].to(self.image_newline)
-                if grid and features[index].shape[1] > grid**2:
-                    features[index] = ext.pool_grid(features[index], grid)
-        rows = torch.cat([feature.flatten(0, 1) for feature in features])
-        missing = passes - count_passes([v.content for v in visuals], [v.modality for v in visuals])
-        if missing > 0 and self.vision_tower is not None:
-            # Before the projector, where the other processes' runs are: weights in shards are gathered in one order.
-            rows = rows + blank.tower_runs(self.vision_tower, missing)
-        rows = self.mm_projector(rows)
-        tokens = rows.split([feature.shape[0] * feature.shape[1] for feature in features])
-        return [(f, t.view(*f.shape[:2], -1)) for f, t in zip(features, tokens, strict=True)]
 
 
 class HourLlavaForConditionalGeneration(Qwen2PreTrainedModel, GenerationMixin):
