@@ -308,6 +308,14 @@ def test_half_a_character(where):
         model.ask(memory, "\udcff" if where == "question" else QUESTION, **told)
 
 
+@pytest.mark.parametrize("most", [0, -3])
+def test_no_room_for_an_answer(most):
+    model = make_model()
+    memory = model.watch(make_frames(3), progress=False)
+    with pytest.raises(InputError, match=f"max_new_tokens: it is {most}; give 1 or more"):
+        model.ask(memory, QUESTION, max_new_tokens=most)
+
+
 def test_empty_memory():
     model = make_model()
     with pytest.raises(QuestionError, match="holds no second yet"):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from hourllava.errors import QuestionError
+from hourllava.errors import InputError, QuestionError
 from hourllava.memory import HeldMemory, MemoryPages, MemoryPrefix, ShardedMemory, VideoMemory
 from hourllava.memory.pages import PAGE_SIZE, video_layout, visual_pages
 from hourllava.video import clock
@@ -114,6 +114,8 @@ def prepare(model: "HourLlavaForConditionalGeneration", memory: Memory, question
         check_text(text)
     if not question.strip():
         raise QuestionError("question", "it is empty", "ask something about the video")
+    if options.max_new_tokens < 1:
+        raise InputError("max_new_tokens", f"it is {options.max_new_tokens}", "give 1 or more")
     memory.check_model(memory_fingerprint(model))
     seen = memory.prefix()
     if not seen.frames:
