@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hourllava import load_model
 from hourllava.cli import main
 from hourllava.errors import ModelError
-from hourllava.model import AskOptions, HourLlavaForConditionalGeneration, convert_decoder, prepare
+from hourllava.model import AskOptions, HourLlavaForConditionalGeneration, build_prompt, convert_decoder, prepare
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +84,18 @@ def test_a_cast_leaves_the_decoder_s_angles(folder, dtype):
     again = cast.float().model.rotary_emb.inv_freq
     assert torch.equal(again, load_model(folder).model.rotary_emb.inv_freq)
     assert cast.to("meta").model.rotary_emb.inv_freq.device.type == "meta"
+
+
+def test_the_checkpoint_s_ways_of_sampling_change_no_answer():
+    """Qwen's checkpoints come with a penalty for repeating, which `generate` takes up by itself."""
+    model, question = make_model(), "Which colour was the circle?"
+    memory = model.watch(make_frames(12), progress=False)
+    plain = model.ask(memory, question, max_new_tokens=24).text
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.temperature = 0.7
+    assert model.ask(memory, question, max_new_tokens=24).text == plain
+    frames = make_frames(12)
+    ids, query_mask, _ = build_prompt(model.tokenizer, question)
+    options = {"max_new_tokens": 24, "do_sample": False, "query_mask": query_mask[None]}
+    written = model.generate(ids[None], pixel_values=[frames], **options)
+    assert model.tokenizer.decode(written[0], skip_special_tokens=True).strip() != plain  # the penalty is one
