@@ -89,12 +89,12 @@ def test_a_cast_leaves_the_decoder_s_angles(folder, dtype):
 def test_the_checkpoint_s_ways_of_sampling_change_no_answer():
     """Qwen's checkpoints come with a penalty for repeating, which `generate` takes up by itself."""
     model, question = make_model(), "Which colour was the circle?"
-    memory = model.watch(make_frames(12), progress=False)
+    frames = torch.randint(0, 256, (12, 3, 64, 64), dtype=torch.uint8)
+    memory = model.watch(frames, progress=False)
     plain = model.ask(memory, question, max_new_tokens=24).text
     model.generation_config.repetition_penalty = 5.0
     model.generation_config.temperature = 0.7
     assert model.ask(memory, question, max_new_tokens=24).text == plain
-    frames = make_frames(12)
     ids, query_mask, _ = build_prompt(model.tokenizer, question)
     options = {"max_new_tokens": 24, "do_sample": False, "query_mask": query_mask[None]}
     written = model.generate(ids[None], pixel_values=[frames], **options)
