@@ -146,19 +146,19 @@ ALWAYS_INLINE V exp2_vector(V x) {
         for (size_t i = 0; i < sizeof(V) / sizeof(double); ++i) result[i] = std::exp2(x[i]);
         return result;
     } else {
-        // Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the mantissa.
-        const V shifted = x + 12582912.0f;
-        const V f = x - (shifted - 12582912.0f);
+        // Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the mantissa, and 127 more makes it the bits
+        // of an exponent.
+        const V shifted = x + 12583039.0f;
+        const V f = x - (shifted - 12583039.0f);
         V p = f * 0.000153458119f + 0.00133999312f;
         p = p * f + 0.00961848896f;
         p = p * f + 0.0555032878f;
         p = p * f + 0.240226469f;
         p = p * f + 0.693147206f;
         p = p * f + 1.0f;
-        const integers_t<V> exponent = __builtin_bit_cast(integers_t<V>, shifted) << 23;
-        const V power = __builtin_bit_cast(V, __builtin_bit_cast(integers_t<V>, p) + exponent);
-        // The exponent is added to the bits of a NaN, too, which may make a number of it.
-        return x < -126.0f ? V{} : x != x ? x : power;
+        // A product, so that a NaN stays one.
+        const V power = p * __builtin_bit_cast(V, __builtin_bit_cast(integers_t<V>, shifted) << 23);
+        return x < -126.0f ? V{} : power;
     }
 }
 
