@@ -211,7 +211,7 @@ def test_samples_that_fail_are_told_and_replaced(tmp_path, model, workers):
     dataset = ShardDataset(tmp_path / "shards")
     lost = int(dataset._ends[2]) - 1
     damage_the_last(tmp_path / "shards", 2)
-    failures = FailureLog(tmp_path / "failures.jsonl", limit=0.12)
+    failures = FailureLog(tmp_path / "failures.jsonl", limit=0.13)  # 5 of 40, whichever process is ahead
     dataset = ShardDataset(tmp_path / "shards", batch_size=8, conversations=conversations_of(model, failures=failures))
     given = [model.tokenizer.decode(item["input_ids"]) for batch in ShardLoader(dataset, workers) for item in batch]
     stand_ins = {3: 5, 4: 5, 39: 0, lost: lost + 1}
