@@ -10,7 +10,7 @@ import time
 import pytest
 from servers import ANSWER, PATIENCE, Client, Scripted, about, scripted, serving, until
 
-from hourllava.serve.engine import Written
+from hourllava.serve.questions import Written
 
 
 def test_it_ends_cleanly() -> None:

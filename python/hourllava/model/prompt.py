@@ -120,7 +120,7 @@ def tell_time(turns: Sequence[tuple[str, str]], instruction: str) -> list[tuple[
 
 def is_whole(text: str) -> bool:
     """Whether a text holds no half of a character: what is left of one that was cut, or of bytes that are no UTF-8."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def check_text(text: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .batch import DecodingBatch
-from .questions import Began, Ended, Questions, Ticket, Written, room_for
+from .questions import Began, Ended, Questions, Ticket, room_for
 from .wording import Chooser, Wording
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class Engine(Questions):
             answer.room -= 1
             if token != self._end:
                 answer.written += 1
-                self._write(answer, answer.wording.add(token))
+                self._give_out(answer.ticket, answer.wording.add(token))
 
     def _drop_done(self) -> None:
         """End the answers that are complete or cancelled, and leave them out of the batch."""
@@ -119,13 +119,9 @@ class Engine(Questions):
                 going.append(row)
                 continue
             if not answer.wording.stopped:
-                self._write(answer, answer.wording.rest())
+                self._give_out(answer.ticket, answer.wording.rest())
             reason = "stop" if complete else "length" if answer.room <= 0 else "cancelled"
             self._tell(answer.ticket, Ended(reason, answer.written))  # type: ignore[arg-type]
         if len(going) < len(self._running):
             self._running = [self._running[row] for row in going]
             self._batch.keep(going)
-
-    def _write(self, answer: _Answer, text: str) -> None:
-        if text:
-            self._tell(answer.ticket, Written(text))

@@ -114,11 +114,12 @@ def _answer(url: str, what: str, timeout: float, stop: Stop) -> Iterator[http.cl
         if stop.is_set():
             raise Stopped from error
         silent = isinstance(error, TimeoutError)
-        why = f"nothing came for {timeout:g} s" if silent else f"it cannot be downloaded ({_reason(error)})"
+        why = f"nothing came for {timeout:g} s" if silent else f"it cannot be downloaded ({connection_reason(error)})"
         raise SourceError(what, why, TODO) from error
 
 
-def _reason(error: Exception) -> str:
+def connection_reason(error: Exception) -> str:
+    """What ended a connection, in a few words."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return error.verify_message
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

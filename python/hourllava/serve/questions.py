@@ -132,6 +132,11 @@ class Questions(ABC):
             self._tell(ticket, Ended("cancelled", 0))
         self._waiting.clear()
 
+    def _give_out(self, ticket: Ticket, text: str) -> None:
+        """Tell what is certain of an answer's text, if there is any."""
+        if text:
+            self._tell(ticket, Written(text))
+
     def _fail(self, tickets: list[Ticket], error: Exception) -> None:
         if not isinstance(error, HourLlavaError):
             _log.exception("an answer failed")

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from hourllava.errors import DecoderError
 
-from .questions import Began, Ended, Questions, Ticket, Written, room_for
+from .fetching import connection_reason
+from .questions import Began, Ended, Questions, Ticket, room_for
 from .wording import Wording
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class RemoteDecoder:
                     for choice in told["choices"]:
                         yield choice.get("token_ids") or [], choice.get("finish_reason")
             except (OSError, HTTPException) as error:
-                why = f"it broke off in the middle of an answer ({_reason(error)})"
+                why = f"it broke off in the middle of an answer ({connection_reason(error)})"
                 raise DecoderError(self.url, why, LOOK) from error
 
     @contextlib.contextmanager
@@ -111,7 +112,7 @@ class RemoteDecoder:
                 response = connection.getresponse()
                 refusal = None if response.status == 200 else response.read()
             except (OSError, HTTPException) as error:
-                raise DecoderError(self.url, f"it cannot be reached ({_reason(error)})", START) from error
+                raise DecoderError(self.url, f"it cannot be reached ({connection_reason(error)})", START) from error
             if refusal is not None:
                 why = f"it answered with status {response.status} ({_why(_object(refusal))})"
                 raise DecoderError(self.url, why, START)
@@ -209,7 +210,7 @@ class RemoteEngine(Questions):
                     for token in tokens:
                         if token != self._end and not wording.stopped:
                             written += 1
-                            self._give(ticket, wording.add(token))
+                            self._give_out(ticket, wording.add(token))
                     if wording.stopped:
                         return Ended("stop", written)
             if reason not in ("stop", "length"):
@@ -218,22 +219,14 @@ class RemoteEngine(Questions):
             if ticket.cancelled:  # and the connection closed for that
                 return Ended("cancelled", written)
             raise
-        self._give(ticket, wording.rest())
+        self._give_out(ticket, wording.rest())
         return Ended("stop" if reason == "stop" else "length", written)
-
-    def _give(self, ticket: Ticket, text: str) -> None:
-        if text:
-            self._tell(ticket, Written(text))
 
 
 def _hang_up(connection: socket.socket) -> None:
     """End a connection that another thread reads from."""
     with contextlib.suppress(OSError):  # it has ended
         connection.shutdown(socket.SHUT_RDWR)
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _object(text: bytes) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from hourllava.model.prompt import is_whole
+
 from .wording import Sampling
 
 LEAST_TEMPERATURE = 0.01  # besides 0; scores that are divided by less may be no numbers any more
@@ -85,7 +87,7 @@ def _without(given: Any, harmless: frozenset[str], refused: dict[str, tuple[Any,
 
 def _of_characters(text: str) -> str:
     """A text that has bytes in UTF-8: JSON may hold halves of characters."""
-    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+    if not is_whole(text):
         raise PydanticCustomError("half_character", "it holds half of a character; send whole ones")
     return text
 
